@@ -1,0 +1,223 @@
+"""The queue seam: how a generation becomes an RQ job, and an RQ job a generation again.
+
+Both sides use it: the service submits, reads and cancels; the worker takes its classes and names.
+JSON only, and `SafeJob` on both sides: whoever can write to Redis can forge a job, and must not
+be able to run code with it.
+"""
+
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from pydantic import ValidationError
+from redis import Redis
+from redis.exceptions import RedisError
+from rq import Queue, Retry
+from rq.command import send_stop_execution_command
+from rq.exceptions import InvalidJobOperation, NoSuchJobError
+from rq.job import Job, JobStatus
+from rq.serializers import JSONSerializer
+
+from safelatent import errors, events
+from safelatent.schema import (
+    SCHEMA_VERSION,
+    Generation,
+    GenerationRequest,
+    Model,
+    Priority,
+    Result,
+    Status,
+)
+
+TASK = "worker.tasks.generate"
+PRIORITIES: tuple[Priority, ...] = ("high", "normal", "low")
+
+KEPT_S = 24 * 3600
+"""How long a finished generation can be fetched."""
+TIMEOUT_S = 3600
+"""RQ stops a job that runs longer than this."""
+RETRIES = 100
+"""How often RQ puts a job back after a crash of its worker. The worker counts the crashes that
+this very job may have caused, and gives up after `worker.tasks.MAX_ATTEMPTS`."""
+
+MODELS = "safelatent:models"
+WORKERS = "safelatent:workers"
+CANCELLED = "safelatent:cancelled:{}"
+
+STATUS = {
+    JobStatus.STARTED: Status.RUNNING,
+    JobStatus.FINISHED: Status.SUCCEEDED,
+    JobStatus.FAILED: Status.FAILED,
+    JobStatus.STOPPED: Status.CANCELLED,
+    JobStatus.CANCELED: Status.CANCELLED,
+}
+"""RQ's words in ours; every other one means that the job still waits."""
+
+
+class SafeJob(Job):
+    """A job that can only be `worker.tasks.generate`: no other function, callback or webhook."""
+
+    @property
+    def func(self) -> Callable[..., Any]:
+        if self.func_name != TASK:
+            raise InvalidJobOperation(f"job {self.id} asks for {self.func_name!r}, not {TASK!r}")
+        return super().func  # type: ignore[no-any-return]
+
+    def restore(self, raw_data: Any) -> None:
+        super().restore(raw_data)
+        self._success_callback_name = None
+        self._failure_callback_name = None
+        self._stopped_callback_name = None
+        self.webhooks = []
+
+
+class SafeQueue(Queue):
+    """RQ's queue, of `SafeJob`s."""
+
+    job_class = SafeJob
+
+
+def queue_name(model: str, priority: Priority) -> str:
+    return f"{model}:{priority}"
+
+
+def queues(model: str, connection: Redis) -> list[SafeQueue]:
+    """The queues of one model, most urgent first."""
+    return [
+        SafeQueue(queue_name(model, priority), connection, serializer=JSONSerializer)
+        for priority in PRIORITIES
+    ]
+
+
+class Jobs:
+    """Generations in one Redis. Methods raise `QueueUnavailable` when it does not answer."""
+
+    def __init__(self, connection: Redis):
+        self.connection = connection
+
+    def submit(self, request: GenerationRequest) -> Generation:
+        """Queue a request whose `model` and `seed` are filled in."""
+        assert request.model is not None and request.seed is not None
+        queue = SafeQueue(
+            queue_name(request.model, request.priority), self.connection, serializer=JSONSerializer
+        )
+        with redis_errors():
+            job = queue.enqueue(
+                TASK,
+                kwargs={"version": SCHEMA_VERSION, "request": request.model_dump(mode="json")},
+                job_id=str(uuid.uuid4()),
+                description=TASK,
+                job_timeout=TIMEOUT_S,
+                result_ttl=KEPT_S,
+                failure_ttl=KEPT_S,
+                retry=Retry(max=RETRIES),
+            )
+            return self._generation(job)
+
+    def fetch(self, id: str) -> Generation:
+        """The generation as it stands; NotFound for an unknown or expired id."""
+        with redis_errors():
+            return self._generation(self._job(id))
+
+    def cancel(self, id: str) -> Generation:
+        """Cancel a queued or running generation; a finished one stays as it is.
+
+        A running one ends within a step. The mark is for the moment in which a worker has taken
+        the job from its queue and RQ does not yet call it started.
+        """
+        with redis_errors():
+            job = self._job(id)
+            self.connection.set(CANCELLED.format(id), 1, ex=KEPT_S)
+            if job.get_status() == JobStatus.QUEUED:
+                try:
+                    job.cancel()
+                except (ValueError, InvalidJobOperation):
+                    pass  # it has just started or ended; what follows sees to that
+                else:
+                    events.publish_finished(self.connection, id)
+            for execution in job.get_executions():
+                try:
+                    send_stop_execution_command(self.connection, id, execution.id)
+                except InvalidJobOperation:
+                    pass  # ended meanwhile
+            return self._generation(self._job(id))
+
+    def models(self) -> list[Model]:
+        """Every model that a worker has ever announced here."""
+        with redis_errors():
+            cards = self.connection.hgetall(MODELS)
+        return [Model.model_validate_json(card) for card in cards.values()]
+
+    def loaded(self) -> dict[str, int]:
+        """Model id -> number of worker processes that hold it warm now."""
+        with redis_errors():
+            now, _ = self.connection.time()
+            alive: Any = self.connection.zrangebyscore(WORKERS, now, "+inf")
+        counts: dict[str, int] = {}
+        for member in alive:
+            model = member.decode().split(" ", 1)[1]
+            counts[model] = counts.get(model, 0) + 1
+        return counts
+
+    def announce(self, worker: str, model: Model, ttl_s: int) -> None:
+        """Say that a worker process holds a warm model. Redis' own clock decides when it lapses."""
+        now, _ = self.connection.time()
+        with self.connection.pipeline() as pipeline:
+            pipeline.hset(MODELS, model.id, model.model_dump_json())
+            pipeline.zadd(WORKERS, {f"{worker} {model.id}": now + ttl_s})
+            pipeline.zremrangebyscore(WORKERS, "-inf", now - 3600)
+            pipeline.execute()
+
+    def withdraw(self, worker: str, model: Model) -> None:
+        self.connection.zrem(WORKERS, f"{worker} {model.id}")
+
+    def is_cancelled(self, id: str) -> bool:
+        return bool(self.connection.exists(CANCELLED.format(id)))
+
+    def _job(self, id: str) -> SafeJob:
+        try:
+            return SafeJob.fetch(id, self.connection, serializer=JSONSerializer)  # type: ignore[return-value]
+        except (NoSuchJobError, ValueError, KeyError) as error:
+            raise errors.NotFound(f"there is no generation {id!r}, or it has expired") from error
+
+    def _generation(self, job: Job) -> Generation:
+        try:
+            request = GenerationRequest.model_validate(job.kwargs["request"])
+        except (ValidationError, KeyError, TypeError) as error:
+            raise errors.NotFound(f"job {job.id!r} is no generation") from error
+        status = STATUS.get(job.get_status(refresh=False), Status.QUEUED)
+        generation = Generation(
+            id=job.id,
+            status=status,
+            created_at=job.created_at,
+            started_at=job.started_at,
+            finished_at=job.ended_at if status.is_terminal else None,
+            request=request,
+        )
+        match status:
+            case Status.QUEUED:
+                queue = SafeQueue(job.origin, self.connection, serializer=JSONSerializer)
+                generation.position = queue.get_job_position(job.id)
+            case Status.RUNNING:
+                generation.progress = events.progress(self.connection, job.id)
+            case Status.SUCCEEDED:
+                result = Result.model_validate(job.return_value())
+                for field in Result.model_fields:
+                    setattr(generation, field, getattr(result, field))
+            case Status.FAILED:
+                generation.error = errors.InternalError(
+                    "the worker failed unexpectedly; its log says more"
+                ).problem
+        return generation
+
+
+class redis_errors:
+    """A `with` block that turns every error of Redis into QueueUnavailable."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, RedisError):
+            raise errors.QueueUnavailable(
+                "Redis does not answer; try again shortly", retry_after_s=2
+            ) from error

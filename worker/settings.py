@@ -1,0 +1,40 @@
+"""The worker's settings, from the environment, read once."""
+
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from safelatent.defaults import DEFAULT_MODEL, DEFAULT_STORE_URL
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class Settings(BaseSettings):
+    """Environment variables are SAFELATENT_<NAME>, but for REDIS_URL."""
+
+    model_config = SettingsConfigDict(env_prefix="SAFELATENT_", frozen=True)
+
+    redis_url: str = Field(validation_alias="REDIS_URL")
+    model: str = DEFAULT_MODEL
+    """Folder or hub id of the checkpoint, in diffusers' layout."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype: str | None = None
+    """fp32, fp16 or bf16; unset is fp16 on cuda and fp32 elsewhere."""
+    slots: PositiveInt = 8
+    """Generations in flight."""
+    max_rows: PositiveFloat = 24
+    """Rows of the native size in one denoiser call; a guided image with SLD has three."""
+    store_url: str = DEFAULT_STORE_URL
+
+    @field_validator("dtype")
+    @classmethod
+    def _known(cls, dtype: str | None) -> str | None:
+        if dtype not in (None, *DTYPES):
+            raise ValueError(f"{dtype!r} is none of {', '.join(DTYPES)}")
+        return dtype
+
+    def torch_device(self) -> torch.device:
+        return torch.device(self.device)
+
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype or ("fp16" if self.torch_device().type == "cuda" else "fp32")]

@@ -1,0 +1,375 @@
+"""The function that RQ calls: a request of the contract in, the engine's work, a result out."""
+
+import hashlib
+import logging
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, wait
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+from redis.exceptions import RedisError
+from rq import get_current_job
+from rq.timeouts import JobTimeoutException
+
+from safelatent import errors
+from safelatent.jobs import KEPT_S, TIMEOUT_S, Jobs
+from safelatent.safety import SafetyParameters, why_it_cannot_act
+from safelatent.schema import (
+    SCHEMA_VERSION,
+    Blocked,
+    Check,
+    FieldError,
+    GenerationRequest,
+    Image,
+    ImageSafety,
+    Result,
+    Safety,
+    SafetyEffective,
+    SafetyRequest,
+    Status,
+    Timings,
+)
+from safelatent.store import Store
+from worker import pictures
+from worker.engine import Engine, ImageSpec, Made
+from worker.engine import Image as RunningImage
+
+log = logging.getLogger(__name__)
+
+ATTEMPTS = "safelatent:attempts:{}"
+MAX_ATTEMPTS = 3
+MEDIA_TYPE = {"png": "image/png", "webp": "image/webp", "jpeg": "image/jpeg"}
+
+
+def generate(version: int, request: dict[str, Any]) -> dict[str, Any]:
+    """Make one generation. The only function that a worker runs; raises what RQ should retry.
+
+    What the caller or the model did wrong is no exception here but a result of status `failed`.
+    """
+    job = get_current_job()
+    assert job is not None and desk is not None, "generate runs in a slot of a started worker"
+    if version != SCHEMA_VERSION:
+        raise ValueError(
+            f"this worker knows schema version {SCHEMA_VERSION}, the job has {version}"
+        )
+    created_at = job.created_at.replace(tzinfo=UTC)
+    result = desk.generate(job.id, GenerationRequest.model_validate(request), created_at)
+    return result.model_dump(mode="json")
+
+
+class Desk:
+    """What the slots of one worker process share: its engine, its store, its jobs at work."""
+
+    def __init__(self, engine: Engine, store: Store, jobs: Jobs):
+        self.engine = engine
+        self.store = store
+        self.jobs = jobs
+        self._turns = Turns()
+        self._lock = threading.Lock()
+        self._images: dict[str, list[RunningImage]] = {}
+        self._cancelled: set[str] = set()
+
+    def cancel(self, id: str) -> None:
+        """Stop a generation of this process before its next step."""
+        with self._lock:
+            self._cancelled.add(id)
+            for image in self._images.get(id, []):
+                image.cancel()
+
+    def generate(self, id: str, request: GenerationRequest, created_at: datetime) -> Result:
+        """Make every image of a request, judge, store and report.
+
+        A fault that may pass is raised, for RQ to try again; any other ends the generation here.
+        """
+        queue_s = max(0.0, (datetime.now(UTC) - created_at).total_seconds())
+        attempts = int(self.jobs.connection.get(ATTEMPTS.format(id)) or 0)
+        request = self._complete(request)
+        try:
+            return self._attempt(id, request, queue_s, attempts)
+        except (Cancelled, RedisError):
+            raise
+        except errors.ServiceError as error:
+            if attempts + 1 < MAX_ATTEMPTS:
+                time.sleep(2**attempts)
+                raise
+            problem = error.problem
+        except errors.SafelatentError as error:
+            problem = error.problem
+        except JobTimeoutException:
+            problem = errors.DeadlineExceeded(f"it ran for {TIMEOUT_S} s and was stopped").problem
+        except Exception:
+            log.exception("generation %s failed", id)
+            problem = errors.InternalError("the worker failed; its log says more").problem
+        finally:
+            with self._lock:
+                self._cancelled.discard(id)
+        model = self.engine.family.model
+        return Result(status=Status.FAILED, request=request, model=model, error=problem)
+
+    def _attempt(
+        self, id: str, request: GenerationRequest, queue_s: float, attempts: int
+    ) -> Result:
+        started = time.monotonic()
+        if attempts >= MAX_ATTEMPTS:
+            raise errors.WorkerCrashed(
+                f"{attempts} worker processes ended while this generation ran; it is given up"
+            )
+        if not attempts and request.deadline_s is not None and queue_s > request.deadline_s:
+            raise errors.DeadlineExceeded(
+                f"it waited {queue_s:.1f} s, and its deadline_s is {request.deadline_s:g}"
+            )
+        self._check(request)
+        with self._turns.alone() if attempts else self._turns.together():
+            self._count_attempt(id)
+            made = self._make(id, request)
+        result = self._report(id, request, made)
+        result.timings = _timings(queue_s, time.monotonic() - started, made)
+        return result
+
+    def _complete(self, request: GenerationRequest) -> GenerationRequest:
+        """The request as effective: what it left open, filled in from the model."""
+        model = self.engine.family.model
+        return request.model_copy(
+            update={
+                "model": model.id,
+                "width": request.width or model.width,
+                "height": request.height or model.height,
+                "scheduler": request.scheduler or model.scheduler,
+            }
+        )
+
+    def _check(self, request: GenerationRequest) -> None:
+        """What only the holder of the model can know; a stale frontend may have let it pass."""
+        multiple = self.engine.family.model.size_multiple
+        for field in ("width", "height"):
+            value = getattr(request, field)
+            if value % multiple:
+                raise invalid(field, value, f"is no multiple of {multiple}, the VAE's factor")
+        assert request.scheduler is not None
+        try:
+            self.engine.family.scheduler(request.scheduler, request.steps)
+        except Exception as error:
+            message = f"cannot be taken by {request.scheduler}: {error}"
+            raise invalid("steps", request.steps, message) from error
+        if parameters := request.safety.effective_parameters():
+            why = why_it_cannot_act(
+                parameters,
+                request.safety.concepts,
+                request.negative_prompt,
+                request.guidance_scale,
+                request.steps,
+                request.scheduler,
+            )
+            if why:
+                raise errors.SafetyCannotAct(why)
+
+    def _count_attempt(self, id: str) -> None:
+        key = ATTEMPTS.format(id)
+        with self.jobs.connection.pipeline() as pipeline:
+            pipeline.incr(key)
+            pipeline.expire(key, KEPT_S)
+            pipeline.execute()
+
+    def _make(self, id: str, request: GenerationRequest) -> list[Made]:
+        with self._lock:
+            images = [self.engine.submit(spec, owner=id) for spec in _specs(request)]
+            self._images[id] = images
+            if id in self._cancelled:
+                for image in images:
+                    image.cancel()
+        try:
+            # In short waits, so that RQ's timeout can be raised in this thread.
+            pending = {image.future for image in images}
+            while pending:
+                done, pending = wait(pending, timeout=0.5, return_when=FIRST_EXCEPTION)
+                for future in done:
+                    future.result()
+            return [image.future.result() for image in images]
+        except CancelledError as error:
+            raise Cancelled(id) from error
+        finally:
+            with self._lock:
+                del self._images[id]
+            for image in images:
+                image.cancel()
+
+    def _report(self, id: str, request: GenerationRequest, made: Sequence[Made]) -> Result:
+        images = [self._deliver(id, request, index, one) for index, one in enumerate(made)]
+        model = self.engine.family.model
+        applied = all(image.safety.applied for image in images)
+        parameters = request.safety.effective_parameters()
+        reason = None
+        if parameters is None:
+            reason = "level is off"
+        elif not applied:
+            reason = "no element crossed the threshold after the warm-up"
+        texts = [request.prompt, request.negative_prompt]
+        texts += request.safety.concepts if parameters else []
+        reports = [self.engine.family.read(text) for text in texts]
+        return Result(
+            status=Status.SUCCEEDED,
+            request=request,
+            model=model,
+            images=images,
+            safety=Safety(
+                requested=request.safety,
+                effective=SafetyEffective(
+                    level=request.safety.level,
+                    parameters=parameters,
+                    concepts=request.safety.concepts if parameters else [],
+                    applied=applied,
+                    reason=reason,
+                    warmup_share=_warmup_share(parameters, made[0]) if parameters else None,
+                    prediction_type=model.prediction_type,
+                    model_revision=model.revision,
+                    texts=[report for report in reports if report.dropped or report.unknown],
+                ),
+            ),
+        )
+
+    def _deliver(self, id: str, request: GenerationRequest, index: int, made: Made) -> Image:
+        """Store an image unless a check withholds it, and say what was seen on it."""
+        assert request.seed is not None
+        safety = ImageSafety(applied=bool(made.telemetry.applied), checks=made.checks)
+        wanted = request.safety.telemetry
+        if wanted != "none":
+            safety.summary = made.telemetry.summary()
+        if wanted in ("steps", "heatmap") and made.telemetry.seen:
+            safety.steps = made.telemetry.steps()
+        blocked = _blocked(made.checks, request.safety)
+        height, width = made.pixels.shape[:2]
+        image = Image(
+            index=index,
+            seed=request.seed + index,
+            width=width,
+            height=height,
+            blocked=blocked,
+            safety=safety,
+        )
+        url = f"/generations/{id}/images/{index}"
+        if wanted == "heatmap" and made.telemetry.heat is not None and made.telemetry.seen:
+            self.store.put(f"{id}/{index}.heatmap.png", pictures.heatmap(made.telemetry.heat))
+            safety.heatmap_url = f"{url}/heatmap"
+        if blocked is None:
+            content = pictures.encode(made.pixels, request.image_format)
+            self.store.put(f"{id}/{index}.{request.image_format}", content)
+            image.url = url
+            image.sha256 = hashlib.sha256(content).hexdigest()
+            image.media_type = MEDIA_TYPE[request.image_format]
+        return image
+
+
+desk: Desk | None = None
+"""Of this process; `worker.__main__` sets it before the first slot starts."""
+
+
+class Cancelled(Exception):
+    """Raised out of `generate` when its generation was cancelled; RQ marks the job stopped."""
+
+
+class Turns:
+    """Generations run together, but a suspect of a crash runs alone.
+
+    A suspect waits here, uncounted, until nothing else runs; whoever comes later waits behind it.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._together = 0
+        self._suspects = 0
+        self._is_alone = False
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._suspects)
+            self._together += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._together -= 1
+                self._changed.notify_all()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        with self._changed:
+            self._suspects += 1
+            self._changed.wait_for(lambda: not self._together and not self._is_alone)
+            self._is_alone = True
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._suspects -= 1
+                self._is_alone = False
+                self._changed.notify_all()
+
+
+def invalid(field: str, value: Any, message: str) -> errors.InvalidRequest:
+    """InvalidRequest for one field."""
+    return errors.InvalidRequest(
+        f"{field} {value} {message}",
+        errors=[FieldError(field=field, message=message, value=value)],
+    )
+
+
+def _specs(request: GenerationRequest) -> list[ImageSpec]:
+    assert request.seed is not None and request.scheduler is not None
+    assert request.width is not None and request.height is not None
+    parameters = request.safety.effective_parameters()
+    return [
+        ImageSpec(
+            prompt=request.prompt,
+            negative_prompt=request.negative_prompt,
+            seed=request.seed + index,
+            width=request.width,
+            height=request.height,
+            scheduler=request.scheduler,
+            steps=request.steps,
+            guidance_scale=request.guidance_scale,
+            safety=parameters,
+            concepts=tuple(request.safety.concepts) if parameters else (),
+            heatmap=request.safety.telemetry == "heatmap" and parameters is not None,
+        )
+        for index in range(request.n)
+    ]
+
+
+def _blocked(checks: Sequence[Check], safety: SafetyRequest) -> Blocked | None:
+    """Why an image is withheld. A check that could not judge blocks whatever the policy."""
+    for check in checks:
+        if check.error is not None:
+            category, score, threshold = "check_failed", None, None
+        elif check.flagged and safety.checks == "block":
+            category = max(check.scores, key=lambda c: check.scores[c] - check.thresholds[c])
+            score, threshold = check.scores[category], check.thresholds[category]
+        else:
+            continue
+        return Blocked(
+            category=category,
+            check=check.check,
+            score=score,
+            threshold=threshold,
+            policy=f"checks={safety.checks}",
+        )
+    return None
+
+
+def _timings(queue_s: float, total_s: float, made: Sequence[Made]) -> Timings:
+    """An image waits for the slowest of its generation, so each phase is its longest."""
+    return Timings(
+        queue_s=queue_s,
+        encode_s=max(one.encode_s for one in made),
+        denoise_s=max(one.denoise_s for one in made),
+        decode_s=max(one.decode_s for one in made),
+        check_s=max(one.check_s for one in made),
+        total_s=total_s,
+    )
+
+
+def _warmup_share(parameters: SafetyParameters, made: Made) -> float:
+    return min(1.0, parameters.warmup_steps / made.telemetry.calls)
