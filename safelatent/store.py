@@ -24,7 +24,10 @@ class Store:
             folder.mkdir(parents=True, exist_ok=True)
             self._store: ObjectStore = LocalStore(folder)
         else:
-            self._store = from_url(url)
+            try:
+                self._store = from_url(url)
+            except BaseError as error:
+                raise ValueError(f"{url!r} is no store: {str(error).splitlines()[0]}") from error
 
     def put(self, key: str, content: bytes) -> None:
         """Write all of it or nothing: a reader never sees a part."""

@@ -6,6 +6,7 @@ Reads diffusers' folder layout, by folder or hub id, safetensors only; epsilon a
 import hashlib
 import json
 import logging
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,7 @@ class StableDiffusion:
         self.device, self.dtype = device, dtype
         self.folder, revision = find(source)
         self.tokenizer = self._load(CLIPTokenizer, "tokenizer")
+        self._tokenizing = threading.Lock()  # Rust's tokenizers refuse two threads at once
         self.text_encoder = self._weights(CLIPTextModel, "text_encoder", dtype=dtype)
         self.unet = self._weights(UNet2DConditionModel, "unet", torch_dtype=dtype)
         self.vae = self._weights(AutoencoderKL, "vae", torch_dtype=dtype)
@@ -95,17 +97,19 @@ class StableDiffusion:
         )
 
     def encode(self, texts: Sequence[str]) -> Tensor:
-        tokens = self.tokenizer(
-            list(texts),
-            padding="max_length",
-            max_length=self.max_tokens,
-            truncation=True,
-            return_tensors="pt",
-        )
+        with self._tokenizing:
+            tokens = self.tokenizer(
+                list(texts),
+                padding="max_length",
+                max_length=self.max_tokens,
+                truncation=True,
+                return_tensors="pt",
+            )
         return self.text_encoder(tokens.input_ids.to(self.device))[0]  # type: ignore[no-any-return]
 
     def read(self, text: str) -> TextReport:
-        tokens: list[int] = self.tokenizer(text, verbose=False).input_ids
+        with self._tokenizing:
+            tokens: list[int] = self.tokenizer(text, verbose=False).input_ids
         kept = self.max_tokens - 1  # the last one read is the end token
         lost = tokens[kept:-1]
         unknown = self.tokenizer.unk_token_id

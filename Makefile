@@ -1,0 +1,59 @@
+# The words of this project, the same at the desk and in CI. `make help` lists them.
+
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+EXTRAS := service,worker,local,dev
+
+.DEFAULT_GOAL := help
+.PHONY: help run test check bench evaluate-embedded model clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# Literal, so that a prompt or a folder may hold a dollar sign.
+override export ONCE := $(value ONCE)
+override export MODEL := $(value MODEL)
+export PORT
+
+run: $(INSTALLED) ## the whole local stack; PORT=8000 MODEL=<folder or hub id> ONCE="a prompt"
+	@exec $(BIN)/python deploy/local/stack.py
+
+test: $(INSTALLED) ## the whole test suite; ARGS="-k word" goes to pytest
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(INSTALLED) ## style, types, import rules, container files
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/hadolint Dockerfile
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
+
+bench: $(INSTALLED) ## speed and memory against diffusers' own pipeline
+	$(BIN)/python -m benchmarks $(ARGS)
+
+evaluate-embedded: $(INSTALLED) ## what safety does to the embedded model's pictures
+	$(BIN)/python -m evaluation $(ARGS)
+
+model: $(INSTALLED) ## train models/emoji_scenes from nothing (hours; goes on where it was stopped)
+	$(BIN)/python -m training $(ARGS)
+
+clean: ## remove the environment, the local state and every cache
+	rm -rf $(VENV) .safelatent dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The environment follows pyproject.toml and constraints.txt, and nothing else re-installs it.
+$(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check -e ".[$(EXTRAS)]" -c constraints.txt
+	@touch $@
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || \
+	  { echo "safelatent: there is no $(PYTHON) here; install Python 3.11 or newer, or name one: make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "safelatent: $$($(PYTHON) --version) is too old; Python 3.11 or newer is needed: make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "safelatent: $(PYTHON) cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)

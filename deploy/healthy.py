@@ -1,0 +1,40 @@
+"""The images' health checks: exit code 0 when this container does what it is there for.
+
+    python healthy.py service    the frontend answers /healthz (whether it can work is /readyz)
+    python healthy.py worker     a worker of this container has lately told Redis that it is warm
+
+A worker is unhealthy while Redis is away: it cannot work then. Restarting it would not help, so do
+not make this a liveness check.
+"""
+
+import os
+import socket
+import sys
+import urllib.request
+
+
+def service() -> None:
+    port = os.environ.get("SAFELATENT_PORT", "8000")
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    direct.open(f"http://127.0.0.1:{port}/healthz", timeout=4).close()
+
+
+def worker() -> None:
+    from redis import Redis
+    from rq import Worker
+
+    from safelatent.jobs import WORKERS
+
+    connection = Redis.from_url(os.environ["REDIS_URL"], socket_timeout=4)
+    # RQ knows the host of each slot, the announcement knows that the model is warm; a slot is
+    # named <worker>-<number>, an announcement "<worker> <model>".
+    slots = Worker.all(connection)
+    here = {slot.name.rpartition("-")[0] for slot in slots if slot.hostname == socket.gethostname()}
+    now, _ = connection.time()
+    warm = connection.zrangebyscore(WORKERS, now, "+inf")
+    if not here & {member.decode().split(" ")[0] for member in warm}:
+        sys.exit(f"no worker of {socket.gethostname()} has announced a warm model lately")
+
+
+if __name__ == "__main__":
+    {"service": service, "worker": worker}[sys.argv[1]]()

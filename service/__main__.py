@@ -1,0 +1,55 @@
+"""Run the frontend: `python -m service`."""
+
+import socket
+import sys
+
+import uvicorn
+from pydantic import ValidationError
+
+from service.app import create_app
+from service.parts import Parts
+from service.settings import Settings
+
+GRACE_S = 10
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, but requests that hold the line answer as soon as it is asked to end."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        parts: Parts = self.config.loaded_app.app.state.parts
+        parts.waiting.release()
+        await super().shutdown(sockets)
+
+
+def main() -> None:
+    try:
+        settings = Settings()  # type: ignore[call-arg]
+        app = create_app(settings)
+    except ValidationError as error:
+        sys.exit(f"service: {_sentence(error)}")
+    except (ValueError, OSError) as error:
+        sys.exit(f"service: {error}")
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=GRACE_S,
+    )
+    Server(config).run()
+
+
+def _sentence(error: ValidationError) -> str:
+    first = error.errors()[0]
+    name = str(first["loc"][0])
+    variable = name if name.isupper() else f"SAFELATENT_{name.upper()}"
+    if first["type"] == "missing":
+        return f"{variable} is not set; for example {variable}=redis://127.0.0.1:6379/0"
+    return f"{variable} is {first['input']!r}: {first['msg']}"
+
+
+if __name__ == "__main__":
+    main()

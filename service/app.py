@@ -1,0 +1,68 @@
+"""The frontend, put together."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from redis import Redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from safelatent.jobs import Jobs
+from safelatent.store import Store
+from service import problems
+from service.body import BodyLimit
+from service.parts import Parts
+from service.routes import generations, operations
+from service.settings import Settings
+from service.waiting import Waiting
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The ASGI application. Redis and the workers may come later, and go and come back."""
+    redis = Redis.from_url(
+        settings.redis_url,
+        # Redis away is an answer of 503 at once, and never a hang.
+        socket_timeout=1,
+        socket_connect_timeout=1,
+        retry=Retry(NoBackoff(), 0),
+    )
+    jobs = Jobs(redis)
+    waiting = Waiting(settings.redis_url, jobs)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        follower = asyncio.create_task(waiting.follow())
+        yield
+        while not follower.done():  # asyncio and redis-py can swallow a cancellation
+            follower.cancel()
+            await asyncio.wait([follower], timeout=0.1)
+        redis.close()
+
+    app = FastAPI(
+        title="safelatent",
+        summary="Text to image with Safe Latent Diffusion.",
+        description=DESCRIPTION,
+        version="1",
+        lifespan=lifespan,
+        redirect_slashes=False,
+        license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
+    )
+    app.state.parts = Parts(settings, jobs, Store(settings.store_url), waiting)
+    app.add_middleware(BodyLimit)
+    problems.install(app)
+    app.include_router(generations.router)
+    app.include_router(operations.router)
+    return app
+
+
+DESCRIPTION = """
+`POST /generate` takes a prompt and answers at once with a generation, whose `links.self` tells how
+it goes on; with `Prefer: wait=60` the answer comes when the images are done, or after 60 seconds.
+
+Every generation says what safety was asked, what was done and what was seen. Every error is a
+problem (RFC 9457, `application/problem+json`) whose `type` is a page that explains it.
+
+This page loads its scripts from a CDN; `/openapi.json` is the same reference without them.
+"""

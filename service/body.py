@@ -1,0 +1,42 @@
+"""No body larger than the service reads reaches a route."""
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from safelatent.errors import BodyTooLarge
+from service import problems
+
+MAX_BODY = 1024 * 1024
+
+
+class BodyLimit:
+    """Read a request's body before its route does, and answer 413 as soon as it is too large.
+
+    Pure ASGI. Starlette's own limit answers text/plain, and ours are all problems.
+    """
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        length = Headers(scope=scope).get("content-length", "0")
+        size = int(length) if length.isdecimal() else 0
+        messages: list[Message] = []
+        while size <= MAX_BODY:
+            message = await receive()
+            messages.append(message)
+            if not message.get("more_body"):
+                break
+            size = max(size, sum(len(each["body"]) for each in messages))
+        else:
+            error = BodyTooLarge(f"the body has more than {MAX_BODY} bytes, the most that is read")
+            response = problems.answer(error)
+            response.headers["Connection"] = "close"  # what follows on it is the unread rest
+            return await response(scope, receive, send)
+
+        async def replay() -> Message:
+            return messages.pop(0) if messages else await receive()
+
+        await self.app(scope, replay, send)

@@ -1,0 +1,62 @@
+"""Whether the service lives, whether it can work, and what its problems mean."""
+
+import inspect
+
+from fastapi import APIRouter
+from pydantic import BaseModel
+
+from safelatent.errors import ERRORS, PROBLEM_TYPE, NotFound, NotReady, QueueUnavailable
+from service.parts import TheParts
+from service.problems import documented
+
+router = APIRouter(tags=["operations"])
+
+
+class Health(BaseModel):
+    status: str = "ok"
+
+
+class Readiness(BaseModel):
+    status: str = "ready"
+    model: str
+    workers: int
+
+
+class ProblemType(BaseModel):
+    type: str
+    title: str
+    status: int
+    explanation: str
+
+
+@router.get("/healthz", summary="Is the process alive?")
+async def healthz() -> Health:
+    """Looks at nothing else: a restart would not bring Redis back."""
+    return Health()
+
+
+@router.get("/readyz", summary="Can a generation be made now?", responses=documented(NotReady))
+def readyz(parts: TheParts) -> Readiness:
+    """Ready when Redis answers and a worker holds the default model warm."""
+    model = parts.settings.model_id
+    try:
+        loaded = parts.jobs.loaded()
+    except QueueUnavailable as error:
+        raise NotReady("missing: Redis, which does not answer", retry_after_s=2) from error
+    if model not in loaded:
+        raise NotReady(f"missing: a worker that holds the model {model!r} warm", retry_after_s=2)
+    return Readiness(model=model, workers=loaded[model])
+
+
+@router.get("/problems/{slug}", summary="Explain a problem type", responses=documented(NotFound))
+async def explain(slug: str) -> ProblemType:
+    """What the `type` of a problem means."""
+    if slug not in ERRORS:
+        raise NotFound(f"there is no problem {slug!r}; there are: {', '.join(ERRORS)}")
+    cls = ERRORS[slug]
+    return ProblemType(
+        type=PROBLEM_TYPE + slug,
+        title=cls.title,
+        status=cls.status,
+        explanation=inspect.getdoc(cls) or "",
+    )
