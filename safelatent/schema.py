@@ -89,7 +89,7 @@ class SafetyRequest(_Request):
         if (self.level == "custom") != (self.parameters is not None):
             raise PydanticCustomError(
                 "custom_parameters",
-                "`parameters` go with level 'custom' and with no other; the level is '{level}'",
+                "level 'custom' needs `parameters`, no other level takes them; the level is '{level}'",
                 {"level": self.level, "field": "parameters", "value": self.parameters},
             )
         return self
@@ -131,7 +131,7 @@ class GenerationRequest(_Request):
     @classmethod
     def _says_something(cls, prompt: str) -> str:
         if not prompt.strip():
-            raise PydanticCustomError("empty", "the prompt is empty: say what to draw")
+            raise PydanticCustomError("empty", "should say what to draw, and is empty")
         return prompt
 
     @field_validator("metadata")

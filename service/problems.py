@@ -166,9 +166,11 @@ def _shown(value: Any) -> Any:
     if isinstance(value, str):
         return _printable(value)
     try:
-        return _printable(json.dumps(value, ensure_ascii=False, default=str))
+        text = _printable(json.dumps(value, ensure_ascii=False, default=str))
     except RecursionError:
         return "a value nested too deeply to show"
+    is_exact = isinstance(value, list | dict) and not text.endswith("…") and "NaN" not in text
+    return json.loads(text) if is_exact and "Infinity" not in text else text
 
 
 def _printable(text: str) -> str:

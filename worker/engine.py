@@ -68,7 +68,7 @@ class Made:
     check_s: float
 
 
-@dataclass
+@dataclass(eq=False)
 class Image:
     """An image on its way through the batch."""
 
@@ -158,7 +158,6 @@ class Engine:
         self.waiting: list[Image] = []
         self._arrivals: queue.SimpleQueue[Image] = queue.SimpleQueue()
         self._embeddings: OrderedDict[str, Tensor] = OrderedDict()
-        self.last_step_at = time.monotonic()
 
     def submit(self, spec: ImageSpec, owner: str = "") -> Image:
         """Hand over an image; its `future` gives a `Made`, a JobError or CancelledError."""
@@ -171,8 +170,13 @@ class Engine:
         while not (stop.is_set() and self.is_idle):
             if self.is_idle:
                 self._arrive(timeout=0.2)
-            else:
+                continue
+            try:
                 self.step()
+            except Exception as error:  # a defect: nobody may wait for ever
+                log.exception("a step failed, and every image with it")
+                for image in self.running + self.waiting:
+                    self._end(image, error)
 
     @property
     def is_idle(self) -> bool:
@@ -189,7 +193,6 @@ class Engine:
         if self.running:
             self.after_step(self.running)
         self._finish([image for image in self.running if image.is_done])
-        self.last_step_at = time.monotonic()
 
     # -- joining and leaving ---------------------------------------------------------------------
 
@@ -218,6 +221,7 @@ class Engine:
         if not admitted:
             return
         started = time.monotonic()
+        self.running += admitted
         self._encode({text for image in admitted for text in _texts(image.spec)})
         for image in admitted:
             try:
@@ -227,7 +231,6 @@ class Engine:
             else:
                 image.joined_at = time.monotonic()
                 image.encode_s = image.joined_at - started
-                self.running.append(image)
 
     def _prepare(self, image: Image) -> None:
         spec = image.spec
