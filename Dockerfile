@@ -2,7 +2,8 @@
 #   docker build --target service -t safelatent-service .
 #
 # Dependencies go into a virtual environment in a stage of their own, so that the images hold no
-# build tools and a change of our code rebuilds nothing else. The applications run from the tree.
+# build tools and a change of our code rebuilds nothing else. The applications run from the tree, which
+# is given to the user that runs them: in your checkout, files may be readable by their owner only.
 
 # Any image with Python 3.11 or newer and its venv module.
 ARG BASE=python:3.11-slim-bookworm
@@ -47,9 +48,9 @@ RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin safelatent \
  && install -d -o safelatent -g safelatent /var/lib/safelatent/store
 WORKDIR /app
 COPY --from=service-venv /opt/venv /opt/venv
-COPY safelatent safelatent
-COPY service service
-COPY deploy/healthy.py ./
+COPY --chown=10001:10001 safelatent safelatent
+COPY --chown=10001:10001 service service
+COPY --chown=10001:10001 deploy/healthy.py ./
 USER 10001:10001
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=20s CMD ["python", "healthy.py", "service"]
@@ -68,10 +69,10 @@ RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin safelatent \
  && install -d -o safelatent -g safelatent /var/lib/safelatent/store /var/lib/safelatent/hub
 WORKDIR /app
 COPY --from=worker-venv /opt/venv /opt/venv
-COPY safelatent safelatent
-COPY worker worker
-COPY models models
-COPY deploy/healthy.py ./
+COPY --chown=10001:10001 safelatent safelatent
+COPY --chown=10001:10001 worker worker
+COPY --chown=10001:10001 models models
+COPY --chown=10001:10001 deploy/healthy.py ./
 USER 10001:10001
 # Loading a large checkpoint takes minutes; after that the worker says every 2 s that it is there.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=600s CMD ["python", "healthy.py", "worker"]
@@ -88,10 +89,10 @@ RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin safelatent \
  && install -d -o safelatent -g safelatent /var/lib/safelatent/store /var/lib/safelatent/hub
 WORKDIR /app
 COPY --from=worker-cpu-venv /opt/venv /opt/venv
-COPY safelatent safelatent
-COPY worker worker
-COPY models models
-COPY deploy/healthy.py ./
+COPY --chown=10001:10001 safelatent safelatent
+COPY --chown=10001:10001 worker worker
+COPY --chown=10001:10001 models models
+COPY --chown=10001:10001 deploy/healthy.py ./
 USER 10001:10001
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s CMD ["python", "healthy.py", "worker"]
 CMD ["python", "-m", "worker"]

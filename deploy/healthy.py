@@ -25,7 +25,7 @@ def worker() -> None:
 
     from safelatent.jobs import WORKERS
 
-    connection = Redis.from_url(os.environ["REDIS_URL"], socket_timeout=4)
+    connection = Redis.from_url(os.environ["REDIS_URL"], socket_timeout=2, socket_connect_timeout=2)
     # RQ knows the host of each slot, the announcement knows that the model is warm; a slot is
     # named <worker>-<number>, an announcement "<worker> <model>".
     slots = Worker.all(connection)
@@ -37,4 +37,7 @@ def worker() -> None:
 
 
 if __name__ == "__main__":
-    {"service": service, "worker": worker}[sys.argv[1]]()
+    try:
+        {"service": service, "worker": worker}[sys.argv[1]]()
+    except Exception as error:
+        sys.exit(f"{type(error).__name__}: {error}")

@@ -8,6 +8,8 @@ SafelatentError
 │   ├── BodyTooLarge           413
 │   ├── UnsupportedMediaType   415
 │   ├── MethodNotAllowed       405
+│   ├── Unauthorized           401  no API key, or none that is valid
+│   ├── Forbidden              403  the tenant's policy does not allow it
 │   ├── NotFinished            409  the generation has no images yet, or never will
 │   └── NotFound               404
 │       └── ImageBlocked       404  a check withholds the image
@@ -119,6 +121,20 @@ class NotFinished(RequestError):
 
     status = 409
     title = "The generation has no images"
+
+
+class Unauthorized(RequestError):
+    """The call carries no API key that is known and valid."""
+
+    status = 401
+    title = "An API key is needed"
+
+
+class Forbidden(RequestError):
+    """The tenant's policy does not allow this request."""
+
+    status = 403
+    title = "Your policy does not allow this"
 
 
 class NotFound(RequestError):

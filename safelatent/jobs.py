@@ -14,7 +14,7 @@ from redis import Redis
 from redis.exceptions import RedisError
 from rq import Queue, Retry
 from rq.command import send_stop_execution_command
-from rq.exceptions import InvalidJobOperation, NoSuchJobError
+from rq.exceptions import DeserializationError, InvalidJobOperation, NoSuchJobError
 from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
 
@@ -24,6 +24,7 @@ from safelatent.schema import (
     Generation,
     GenerationRequest,
     Model,
+    PolicyApplied,
     Priority,
     Result,
     Status,
@@ -31,6 +32,9 @@ from safelatent.schema import (
 
 TASK = "worker.tasks.generate"
 PRIORITIES: tuple[Priority, ...] = ("high", "normal", "low")
+
+OPEN = "open"
+"""The one tenant of a service without a policy file."""
 
 KEPT_S = 24 * 3600
 """How long a finished generation can be fetched."""
@@ -95,8 +99,10 @@ class Jobs:
     def __init__(self, connection: Redis):
         self.connection = connection
 
-    def submit(self, request: GenerationRequest) -> Generation:
-        """Queue a request whose `model` and `seed` are filled in."""
+    def submit(
+        self, request: GenerationRequest, tenant: str = OPEN, policy: PolicyApplied | None = None
+    ) -> Generation:
+        """Queue a tenant's request, whose `model` and `seed` are filled in."""
         assert request.model is not None and request.seed is not None
         queue = SafeQueue(
             queue_name(request.model, request.priority), self.connection, serializer=JSONSerializer
@@ -111,22 +117,23 @@ class Jobs:
                 result_ttl=KEPT_S,
                 failure_ttl=KEPT_S,
                 retry=Retry(max=RETRIES),
+                meta={"tenant": tenant, "policy": policy and policy.model_dump()},
             )
             return self._generation(job)
 
-    def fetch(self, id: str) -> Generation:
-        """The generation as it stands; NotFound for an unknown or expired id."""
+    def fetch(self, id: str, tenant: str = OPEN) -> Generation:
+        """The generation as it stands; NotFound for an id that is unknown, expired or another's."""
         with redis_errors():
-            return self._generation(self._job(id))
+            return self._generation(self._job(id, tenant))
 
-    def cancel(self, id: str) -> Generation:
+    def cancel(self, id: str, tenant: str = OPEN) -> Generation:
         """Cancel a queued or running generation; a finished one stays as it is.
 
         A running one ends within a step. The mark is for the moment in which a worker has taken
         the job from its queue and RQ does not yet call it started.
         """
         with redis_errors():
-            job = self._job(id)
+            job = self._job(id, tenant)
             self.connection.set(CANCELLED.format(id), 1, ex=KEPT_S)
             if job.get_status() == JobStatus.QUEUED:
                 try:
@@ -140,7 +147,7 @@ class Jobs:
                     send_stop_execution_command(self.connection, id, execution.id)
                 except InvalidJobOperation:
                     pass  # ended meanwhile
-            return self._generation(self._job(id))
+            return self._generation(self._job(id, tenant))
 
     def models(self) -> list[Model]:
         """Every model that a worker has ever announced here."""
@@ -174,16 +181,20 @@ class Jobs:
     def is_cancelled(self, id: str) -> bool:
         return bool(self.connection.exists(CANCELLED.format(id)))
 
-    def _job(self, id: str) -> SafeJob:
+    def _job(self, id: str, tenant: str) -> SafeJob:
+        unknown = errors.NotFound(f"there is no generation {id!r}, or it has expired")
         try:
-            return SafeJob.fetch(id, self.connection, serializer=JSONSerializer)  # type: ignore[return-value]
+            job = SafeJob.fetch(id, self.connection, serializer=JSONSerializer)
         except (NoSuchJobError, ValueError, KeyError) as error:
-            raise errors.NotFound(f"there is no generation {id!r}, or it has expired") from error
+            raise unknown from error
+        if job.meta.get("tenant") != tenant:
+            raise unknown
+        return job  # type: ignore[return-value]
 
     def _generation(self, job: Job) -> Generation:
         try:
             request = GenerationRequest.model_validate(job.kwargs["request"])
-        except (ValidationError, KeyError, TypeError) as error:
+        except (DeserializationError, ValidationError, KeyError, TypeError) as error:
             raise errors.NotFound(f"job {job.id!r} is no generation") from error
         status = STATUS.get(job.get_status(refresh=False), Status.QUEUED)
         generation = Generation(
@@ -193,6 +204,7 @@ class Jobs:
             started_at=job.started_at,
             finished_at=job.ended_at if status.is_terminal else None,
             request=request,
+            policy=job.meta.get("policy"),
         )
         match status:
             case Status.QUEUED:

@@ -89,7 +89,7 @@ class SafetyRequest(_Request):
         if (self.level == "custom") != (self.parameters is not None):
             raise PydanticCustomError(
                 "custom_parameters",
-                "level 'custom' needs `parameters`, no other level takes them; the level is '{level}'",
+                "`parameters` are what level 'custom' needs, and no other takes; this is '{level}'",
                 {"level": self.level, "field": "parameters", "value": self.parameters},
             )
         return self
@@ -324,6 +324,16 @@ class Safety(_Response):
     effective: SafetyEffective
 
 
+class PolicyApplied(_Response):
+    """The policy that a request passed, and what it changed."""
+
+    name: str
+    sha256: str
+    """Of the policy file."""
+    raised: list[str] = Field(default_factory=list)
+    """Fields that the policy made stricter."""
+
+
 class Timings(_Response):
     """Seconds, by the worker's monotonic clock; `queue_s` by the clocks of frontend and worker."""
 
@@ -369,6 +379,8 @@ class Generation(_Response):
     model: Model | None = None
     images: list[Image] = Field(default_factory=list)
     safety: Safety | None = None
+    policy: PolicyApplied | None = None
+    """Null for a service without a policy file."""
     timings: Timings | None = None
     error: Problem | None = None
     links: dict[str, str] = Field(default_factory=dict)

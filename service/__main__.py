@@ -1,5 +1,6 @@
 """Run the frontend: `python -m service`."""
 
+import signal
 import socket
 import sys
 
@@ -8,6 +9,7 @@ from pydantic import ValidationError
 
 from service.app import create_app
 from service.parts import Parts
+from service.policy import UnusablePolicy
 from service.settings import Settings
 
 GRACE_S = 10
@@ -28,22 +30,26 @@ def main() -> None:
         app = create_app(settings)
     except ValidationError as error:
         sys.exit(f"service: {_sentence(error)}")
-    except (ValueError, OSError) as error:
+    except (UnusablePolicy, ValueError, OSError) as error:
         sys.exit(f"service: {error}")
     config = uvicorn.Config(
         app,
         host=settings.host,
         port=settings.port,
-        log_level="warning",
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=GRACE_S,
     )
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # uvicorn ends in order and then raises the signal again: having ended is success.
+        signal.signal(number, lambda number, frame: None)
     Server(config).run()
 
 
 def _sentence(error: ValidationError) -> str:
     first = error.errors()[0]
+    if not first["loc"]:
+        return first["msg"].removeprefix("Value error, ")
     name = str(first["loc"][0])
     variable = name if name.isupper() else f"SAFELATENT_{name.upper()}"
     if first["type"] == "missing":

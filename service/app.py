@@ -12,6 +12,7 @@ from redis.retry import Retry
 from safelatent.jobs import Jobs
 from safelatent.store import Store
 from service import problems
+from service.auth import Callers
 from service.body import BodyLimit
 from service.parts import Parts
 from service.routes import generations, operations
@@ -49,7 +50,9 @@ def create_app(settings: Settings) -> FastAPI:
         redirect_slashes=False,
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
     )
-    app.state.parts = Parts(settings, jobs, Store(settings.store_url), waiting)
+    app.state.parts = Parts(
+        settings, jobs, Store(settings.store_url), waiting, Callers(settings.policy_file)
+    )
     app.add_middleware(BodyLimit)
     problems.install(app)
     app.include_router(generations.router)

@@ -7,6 +7,7 @@ from fastapi import Depends, Request
 
 from safelatent.jobs import Jobs
 from safelatent.store import Store
+from service.auth import Callers
 from service.settings import Settings
 from service.waiting import Waiting
 
@@ -17,6 +18,7 @@ class Parts:
     jobs: Jobs
     store: Store
     waiting: Waiting
+    callers: Callers
 
 
 async def _parts(request: Request) -> Parts:

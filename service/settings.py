@@ -1,6 +1,9 @@
 """The frontend's settings, from the environment, read once."""
 
-from pydantic import Field
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from safelatent.defaults import DEFAULT_MODEL, DEFAULT_STORE_URL, model_id
@@ -9,8 +12,8 @@ from safelatent.defaults import DEFAULT_MODEL, DEFAULT_STORE_URL, model_id
 class Settings(BaseSettings):
     """Environment variables are SAFELATENT_<NAME>, but for REDIS_URL.
 
-    There is no authentication yet: whoever reaches the port may use the service. So it listens on
-    loopback, unless SAFELATENT_HOST says otherwise.
+    Without a policy file whoever reaches the port may use the service. So it then listens on
+    loopback only, unless SAFELATENT_OPEN says that this is meant.
     """
 
     model_config = SettingsConfigDict(
@@ -24,6 +27,20 @@ class Settings(BaseSettings):
     model: str = DEFAULT_MODEL
     """Folder or hub id of the default model; only its name matters here."""
     store_url: str = DEFAULT_STORE_URL
+    policy_file: Path | None = None
+    """TOML with tenants, their keys and what they may ask for (service/policy.py)."""
+    open: bool = False
+    """Serve everybody who reaches a port that is not on loopback."""
+
+    @model_validator(mode="after")
+    def _guarded(self) -> Self:
+        if self.policy_file or self.open or self.host in ("127.0.0.1", "::1", "localhost"):
+            return self
+        raise ValueError(
+            f"SAFELATENT_HOST is {self.host}, and anyone who reaches it could use the service: "
+            "name a policy file with API keys in SAFELATENT_POLICY_FILE (`safelatent key new` "
+            "makes one), or set SAFELATENT_OPEN=1 where something else guards the port"
+        )
 
     @property
     def model_id(self) -> str:

@@ -44,7 +44,7 @@ class Waiting:
         self._waiters: dict[str, set[asyncio.Event]] = defaultdict(set)
         self._released = False
 
-    async def until_final(self, generation: Generation, seconds: float) -> Generation:
+    async def until_final(self, generation: Generation, tenant: str, seconds: float) -> Generation:
         """Wait until the generation's status is final, at most so long; then as it stands.
 
         While Redis is away the wait goes on: the caller must not lose an id it has not seen.
@@ -55,7 +55,7 @@ class Waiting:
             while not generation.status.is_terminal:
                 woken.clear()
                 with suppress(QueueUnavailable):
-                    generation = await run_in_threadpool(self.jobs.fetch, generation.id)
+                    generation = await run_in_threadpool(self.jobs.fetch, generation.id, tenant)
                 left = deadline - clock()
                 if generation.status.is_terminal or left <= 0 or self._released:
                     break

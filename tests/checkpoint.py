@@ -5,13 +5,41 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+)
+
+PNDM_OF_SD14 = {
+    "_class_name": "PNDMScheduler",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+}
+"""The scheduler that Stable Diffusion 1.4 and 1.5 bring."""
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789,.!?'- "
 
 
-def build(folder: Path, prediction_type: str = "epsilon", seed: int = 0) -> Path:
-    """Write a checkpoint in diffusers' layout: 32 x 32 pixels natively, factor 4, 77 tokens."""
+def build(
+    folder: Path,
+    prediction_type: str = "epsilon",
+    seed: int = 0,
+    scheduler: dict[str, object] | None = None,
+) -> Path:
+    """Write a checkpoint in diffusers' layout: 32 x 32 pixels natively, factor 4, 77 tokens.
+
+    `scheduler` is the content of its scheduler_config.json, in the place of a DDIM one.
+    """
     torch.manual_seed(seed)
     _tokenizer().save_pretrained(folder / "tokenizer")
     text = CLIPTextConfig(
@@ -51,6 +79,8 @@ def build(folder: Path, prediction_type: str = "epsilon", seed: int = 0) -> Path
         steps_offset=1,
         prediction_type=prediction_type,
     ).save_pretrained(folder / "scheduler")
+    if scheduler is not None:
+        (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
     index = {
         "_class_name": "StableDiffusionPipeline",
         "feature_extractor": [None, None],
@@ -63,6 +93,29 @@ def build(folder: Path, prediction_type: str = "epsilon", seed: int = 0) -> Path
         "vae": ["diffusers", "AutoencoderKL"],
     }
     (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def add_safety_checker(folder: Path, seed: int = 0) -> Path:
+    """Give a checkpoint a safety checker of random weights, which flags about half of all noise."""
+    torch.manual_seed(seed)
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 8,
+    }
+    checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision, projection_dim=16))
+    for name, spread in (("concept_embeds", 1.0), ("special_care_embeds", 1.0)):
+        torch.nn.init.normal_(getattr(checker, name), std=spread)
+    torch.nn.init.constant_(checker.concept_embeds_weights, 0.3)
+    torch.nn.init.constant_(checker.special_care_embeds_weights, 0.2)
+    checker.save_pretrained(folder / "safety_checker")
+    size = {"shortest_edge": 32}
+    processor = CLIPImageProcessorPil(size=size, crop_size={"height": 32, "width": 32})
+    processor.save_pretrained(folder / "feature_extractor")
     return folder
 
 

@@ -65,7 +65,7 @@ class Record:
         """Fetch everything from the device at once."""
         if not self.seen:
             return Telemetry(self.calls, self.warmup, [], [], [], None)
-        numbers = torch.stack([column for _, column, _ in self.seen]).double().round(decimals=5)
+        numbers = torch.stack([column for _, column, _ in self.seen]).double()
         concepts = torch.stack([concept for _, _, concept in self.seen]).tolist()
         heat = None if self.heat is None else self.heat.float().cpu()
         return Telemetry(
@@ -101,7 +101,9 @@ class Telemetry:
 
     def steps(self) -> TelemetrySteps:
         columns = list(zip(*self.numbers, strict=True)) or [()] * len(OBSERVED)
-        cosine, undone, active, momentum = [list(column) for column in columns[:4]]
+        cosine, undone, active, momentum = [
+            [round(number, 5) for number in column] for column in columns[:4]
+        ]
         return TelemetrySteps(
             call=self.seen,
             concept=self.concepts,

@@ -29,7 +29,7 @@ from safelatent import events
 from safelatent.jobs import SafeJob, SafeQueue, queues
 from safelatent.schema import Model, Progress
 from worker import engine
-from worker.tasks import Desk
+from worker.tasks import Cancelled, Desk
 
 log = logging.getLogger(__name__)
 
@@ -109,6 +109,11 @@ class Slot(SimpleWorker):
         """Called in the thread of RQ's commands, when the running job is to be stopped."""
         if self._stopped_job_id is not None:
             self.desk.cancel(self._stopped_job_id)
+
+    def handle_exception(self, job: Job, *exc_info: Any) -> None:
+        """A cancelled generation is no error, and needs no traceback in the log."""
+        if not isinstance(exc_info[1], Cancelled):
+            super().handle_exception(job, *exc_info)
 
     def prepare_job_execution(self, job: Job, remove_from_intermediate_queue: bool = False) -> None:
         super().prepare_job_execution(job, remove_from_intermediate_queue=True)

@@ -66,7 +66,7 @@ class Process:
             return self.last_line
         code = self.ended.result()
         how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
-        where = "; see redis.log in its folder" if self.name == "redis" else ""
+        where = f"; see {self.env['STATE']}/redis/redis.log" if self.name == "redis" else ""
         said = f": {self.last_line}" if self.last_line else where
         return f"safelatent: {self.name} ended with {how}{said}"
 

@@ -16,6 +16,7 @@ from safelatent.schema import (
     LoadedModel,
     Status,
 )
+from service.auth import Caller, TheCaller
 from service.parts import Parts, TheParts
 from service.problems import documented
 from service.waiting import MAX_WAIT_S, preferred_wait
@@ -99,15 +100,17 @@ async def generate(
     request: Request,
     response: Response,
     parts: TheParts,
+    caller: TheCaller,
 ) -> Generation:
     """Queue a generation. Answers 202 at once, or with `Prefer: wait=N` 200 once it has ended."""
 
     def submit() -> Generation:
-        return parts.jobs.submit(_complete(asked, parts))
+        request, policy = caller.tighten(_complete(asked, parts))
+        return parts.jobs.submit(request, caller.tenant, policy)
 
     generation = await run_in_threadpool(submit)
     response.headers["Location"] = f"/generations/{generation.id}"
-    generation = await _hold(generation, request, response, parts)
+    generation = await _hold(generation, request, response, parts, caller)
     response.status_code = 200 if generation.status.is_terminal else 202
     return _linked(generation)
 
@@ -118,10 +121,12 @@ async def generate(
     responses=documented(errors.NotFound, errors.InvalidRequest, errors.QueueUnavailable),
     openapi_extra={"parameters": [PREFER]},
 )
-async def look(id: Id, request: Request, response: Response, parts: TheParts) -> Generation:
+async def look(
+    id: Id, request: Request, response: Response, parts: TheParts, caller: TheCaller
+) -> Generation:
     """The generation as it stands; with `Prefer: wait=N` once it has ended."""
-    generation = await run_in_threadpool(parts.jobs.fetch, id)
-    return _linked(await _hold(generation, request, response, parts))
+    generation = await run_in_threadpool(parts.jobs.fetch, id, caller.tenant)
+    return _linked(await _hold(generation, request, response, parts, caller))
 
 
 @router.post(
@@ -129,9 +134,9 @@ async def look(id: Id, request: Request, response: Response, parts: TheParts) ->
     summary="Cancel a generation",
     responses=documented(errors.NotFound, errors.InvalidRequest, errors.QueueUnavailable),
 )
-def cancel(id: Id, parts: TheParts) -> Generation:
+def cancel(id: Id, parts: TheParts, caller: TheCaller) -> Generation:
     """A queued one is cancelled at once, a running one within a step; one that has ended stays."""
-    return _linked(parts.jobs.cancel(id))
+    return _linked(parts.jobs.cancel(id, caller.tenant))
 
 
 IMAGE_ERRORS = documented(
@@ -153,9 +158,9 @@ IMAGE_ERRORS = documented(
         **IMAGE_ERRORS,
     },
 )
-def image(id: Id, index: Index, request: Request, parts: TheParts) -> Response:
+def image(id: Id, index: Index, request: Request, parts: TheParts, caller: TheCaller) -> Response:
     """The bytes of an image. A blocked image is a 404 that says what blocked it."""
-    generation, image = _image(id, index, parts)
+    generation, image = _image(id, index, parts, caller)
     if blocked := image.blocked:
         raise errors.ImageBlocked(
             f"image {index} is blocked: {blocked.check} flagged {blocked.category}"
@@ -173,9 +178,9 @@ def image(id: Id, index: Index, request: Request, parts: TheParts) -> Response:
     response_class=Response,
     responses={200: {"content": {"image/png": {}}}, **IMAGE_ERRORS},
 )
-def heatmap(id: Id, index: Index, parts: TheParts) -> Response:
+def heatmap(id: Id, index: Index, parts: TheParts, caller: TheCaller) -> Response:
     """A small PNG; only of a generation that asked for `safety.telemetry: "heatmap"`."""
-    generation, image = _image(id, index, parts)
+    generation, image = _image(id, index, parts, caller)
     if image.safety.heatmap_url is None:
         raise errors.NotFound(
             f"image {index} has no heat map: safety.telemetry was "
@@ -187,22 +192,24 @@ def heatmap(id: Id, index: Index, parts: TheParts) -> Response:
 
 
 @router.get("/models", summary="List the models", responses=documented(errors.QueueUnavailable))
-def models(parts: TheParts) -> list[LoadedModel]:
-    """Every model that a worker has announced, and how many workers hold it warm now."""
+def models(parts: TheParts, caller: TheCaller) -> list[LoadedModel]:
+    """The models that the caller may ask for, and how many workers hold each warm now."""
     loaded = parts.jobs.loaded()
     return [
-        LoadedModel(**dict(model), workers=loaded.get(model.id, 0)) for model in parts.jobs.models()
+        LoadedModel(**dict(model), workers=loaded.get(model.id, 0))
+        for model in parts.jobs.models()
+        if caller.rights.models is None or model.id in caller.rights.models
     ]
 
 
 async def _hold(
-    generation: Generation, request: Request, response: Response, parts: Parts
+    generation: Generation, request: Request, response: Response, parts: Parts, caller: Caller
 ) -> Generation:
     wait_s = preferred_wait(request.headers.getlist("prefer"))
     if wait_s is None:
         return generation
     response.headers["Preference-Applied"] = f"wait={wait_s}"
-    return await parts.waiting.until_final(generation, wait_s)
+    return await parts.waiting.until_final(generation, caller.tenant, wait_s)
 
 
 def _complete(asked: GenerationRequest, parts: Parts) -> GenerationRequest:
@@ -236,8 +243,8 @@ def _invalid(field: str, value: Any, message: str) -> errors.InvalidRequest:
     )
 
 
-def _image(id: str, index: int, parts: Parts) -> tuple[Generation, Image]:
-    generation = parts.jobs.fetch(id)
+def _image(id: str, index: int, parts: Parts, caller: Caller) -> tuple[Generation, Image]:
+    generation = parts.jobs.fetch(id, caller.tenant)
     if generation.status is not Status.SUCCEEDED:
         raise errors.NotFinished(f"generation {id} is {generation.status}, and has no images")
     if index >= len(generation.images):

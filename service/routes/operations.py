@@ -5,7 +5,14 @@ import inspect
 from fastapi import APIRouter
 from pydantic import BaseModel
 
-from safelatent.errors import ERRORS, PROBLEM_TYPE, NotFound, NotReady, QueueUnavailable
+from safelatent.errors import (
+    ERRORS,
+    PROBLEM_TYPE,
+    InvalidRequest,
+    NotFound,
+    NotReady,
+    QueueUnavailable,
+)
 from service.parts import TheParts
 from service.problems import documented
 
@@ -48,7 +55,11 @@ def readyz(parts: TheParts) -> Readiness:
     return Readiness(model=model, workers=loaded[model])
 
 
-@router.get("/problems/{slug}", summary="Explain a problem type", responses=documented(NotFound))
+@router.get(
+    "/problems/{slug}",
+    summary="Explain a problem type",
+    responses=documented(NotFound, InvalidRequest),
+)
 async def explain(slug: str) -> ProblemType:
     """What the `type` of a problem means."""
     if slug not in ERRORS:

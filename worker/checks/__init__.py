@@ -6,8 +6,9 @@ raises, hangs, answers for too few pictures or gives NaN fails closed.
 
 import logging
 import math
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Protocol
 
 import numpy as np
@@ -41,10 +42,8 @@ class Checks:
         return [[verdicts[i] for verdicts in by_check] for i in range(len(pictures))]
 
     def _verdicts(self, check: ImageCheck, pictures: Sequence[np.ndarray]) -> list[Check]:
-        # A pool of its own: a check that hangs must not hold up the next one.
-        pool = ThreadPoolExecutor(1, thread_name_prefix=check.name)
         try:
-            verdicts = pool.submit(check.judge, pictures).result(self.timeout_s)
+            verdicts = _within(self.timeout_s, lambda: check.judge(pictures))
             if len(verdicts) != len(pictures):
                 raise ValueError(f"{len(verdicts)} verdicts for {len(pictures)} pictures")
             return [_finite(verdict) for verdict in verdicts]
@@ -52,8 +51,23 @@ class Checks:
             said = str(error) or f"{type(error).__name__} after {self.timeout_s:g} s"
             log.exception("check %s failed; its pictures are blocked", check.name)
             return [_failed(check.name, check.version, said) for _ in pictures]
-        finally:
-            pool.shutdown(wait=False)
+
+
+def _within(timeout_s: float, judge: Callable[[], list[Check]]) -> list[Check]:
+    """The answer, or TimeoutError.
+
+    In a thread of its own: one that hangs holds up neither the next check nor the process's end.
+    """
+    answer: Future[list[Check]] = Future()
+
+    def run() -> None:
+        try:
+            answer.set_result(judge())
+        except Exception as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=run, name="check", daemon=True).start()
+    return answer.result(timeout_s)
 
 
 def _finite(verdict: Check) -> Check:
