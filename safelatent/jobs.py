@@ -135,16 +135,18 @@ class Jobs:
         with redis_errors():
             job = self._job(id, tenant)
             self.connection.set(CANCELLED.format(id), 1, ex=KEPT_S)
-            if job.get_status() == JobStatus.QUEUED:
+            status = job.get_status()
+            executions = job.execution_registry.get_execution_ids()
+            if status == JobStatus.QUEUED or (status == JobStatus.STARTED and not executions):
                 try:
                     job.cancel()
                 except (ValueError, InvalidJobOperation):
-                    pass  # it has just started or ended; what follows sees to that
+                    pass  # it has just started or ended, or RQ still misses a dead execution of it
                 else:
                     events.publish_finished(self.connection, id)
-            for execution in job.get_executions():
+            for execution in executions:
                 try:
-                    send_stop_execution_command(self.connection, id, execution.id)
+                    send_stop_execution_command(self.connection, id, execution)
                 except InvalidJobOperation:
                     pass  # ended meanwhile
             return self._generation(self._job(id, tenant))
