@@ -71,11 +71,11 @@ class Call(Generic[Answer]):
 
     def options(self, timeout: float) -> dict[str, Any]:
         """What httpx's `request` takes beside method and path."""
-        options: dict[str, Any] = {"timeout": timeout + self.wait_s}
+        options: dict[str, Any] = {"timeout": timeout + self.wait_s, "headers": {}}
         if self.body is not None:
             options["json"] = self.body
         if self.wait_s:
-            options["headers"] = {"Prefer": f"wait={self.wait_s}"}
+            options["headers"]["Prefer"] = f"wait={self.wait_s}"
         return options
 
     def answer(self, response: httpx.Response) -> Answer:
@@ -124,20 +124,24 @@ def succeeded(generation: Generation) -> Generation:
 class Client:
     """A safelatent service. `timeout` is for one exchange, not for a whole generation.
 
-    `base_url` is SAFELATENT_URL when not given, else this machine's port 8000; `http` is your own
-    `httpx.Client`, for proxies, headers or tests.
+    `base_url` is SAFELATENT_URL when not given, else this machine's port 8000; `api_key` is
+    SAFELATENT_API_KEY when not given, else none is sent; `http` is your own `httpx.Client`, for
+    proxies, headers or tests.
     """
 
     def __init__(
         self,
         base_url: str | None = None,
         *,
+        api_key: str | None = None,
         http: httpx.Client | None = None,
         timeout: float = 30,
     ):
         self.base_url = base_url or os.environ.get("SAFELATENT_URL") or DEFAULT_URL
         self.timeout = timeout
         self._http = http or httpx.Client()
+        api_key = api_key or os.environ.get("SAFELATENT_API_KEY")
+        self._authorization = {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
     def generate(self, prompt: str | GenerationRequest, **fields: Any) -> Generation:
         """Submit, wait, and return the generation with its images.
@@ -201,8 +205,10 @@ class Client:
 
     def _send(self, call: Call[Answer]) -> Answer:
         url = httpx.URL(self.base_url.rstrip("/") + "/").join(call.path.lstrip("/"))
+        options = call.options(self.timeout)
+        options["headers"] |= self._authorization
         try:
-            response = self._http.request(call.method, url, **call.options(self.timeout))
+            response = self._http.request(call.method, url, **options)
         except (httpx.TransportError, httpx.InvalidURL) as error:
             raise errors.NoAnswer(f"{self.base_url} does not answer: {error}") from error
         answer = call.answer(response)
