@@ -18,6 +18,7 @@ SafelatentError
 │   ├── QueueUnavailable       503  Redis does not answer
 │   ├── StoreUnavailable       503  the image store does not answer
 │   ├── NotReady               503  no worker holds the default model warm
+│   ├── StillRunning           504  the line was held long enough; the generation goes on
 │   └── NoAnswer                    the service could not be reached (client only)
 └── JobError                 an accepted generation that did not succeed
     ├── GenerationFailed            raised by the client for status `failed`
@@ -177,6 +178,13 @@ class NotReady(ServiceError):
 
     status = 503
     title = "The service is not ready"
+
+
+class StillRunning(ServiceError):
+    """The line was held as long as it may be; the generation goes on, and can be looked at."""
+
+    status = 504
+    title = "The generation has not ended yet"
 
 
 class NoAnswer(ServiceError):

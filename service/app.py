@@ -15,7 +15,7 @@ from service import problems
 from service.auth import Callers
 from service.body import BodyLimit
 from service.parts import Parts
-from service.routes import generations, operations
+from service.routes import generations, openai, operations
 from service.settings import Settings
 from service.waiting import Waiting
 
@@ -57,6 +57,7 @@ def create_app(settings: Settings) -> FastAPI:
     problems.install(app)
     app.include_router(generations.router)
     app.include_router(operations.router)
+    app.include_router(openai.router)
     return app
 
 

@@ -32,7 +32,7 @@ class BodyLimit:
             size = max(size, sum(len(each["body"]) for each in messages))
         else:
             error = BodyTooLarge(f"the body has more than {MAX_BODY} bytes, the most that is read")
-            response = problems.answer(error)
+            response = problems.answer(error, scope["path"])
             response.headers["Connection"] = "close"  # what follows on it is the unread rest
             return await response(scope, receive, send)
 

@@ -33,7 +33,6 @@ from safelatent.schema import (
 )
 
 STRICTNESS: tuple[Level, ...] = ("off", "weak", "medium", "strong", "max")
-KEY_PREFIX = "slk"
 
 
 class UnusablePolicy(Exception):
@@ -138,7 +137,11 @@ def tighten(
     )
     # Validated anew: what was lifted must be able to act, like any other request.
     fields = request.model_dump() | {"safety": raised.model_dump()}
-    return GenerationRequest.model_validate(fields), applied
+    try:
+        return GenerationRequest.model_validate(fields), applied
+    except ValidationError as error:
+        why = error.errors()[0]["msg"]
+        raise errors.SafetyCannotAct(f"your policy lifts the level, and then {why}") from error
 
 
 def _refuse_excess(request: GenerationRequest, tenant: Tenant) -> None:

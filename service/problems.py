@@ -17,6 +17,7 @@ from safelatent import errors
 from safelatent.errors import SafelatentError
 from safelatent.safety import SafetyParameters
 from safelatent.schema import FieldError, GenerationRequest, SafetyRequest
+from service import openai_errors
 
 SHOWN = 200
 """Characters of a wrong value that are echoed."""
@@ -33,7 +34,7 @@ def _as_it_is(error: SafelatentError, request: Request) -> SafelatentError:
     return error
 
 
-def _invalid(error: RequestValidationError, request: Request) -> SafelatentError:
+def invalid(error: RequestValidationError, request: Request | None = None) -> SafelatentError:
     """What pydantic found wrong with a body or a path."""
     found: dict[str, tuple[FieldError, str]] = {}
     for each in error.errors():
@@ -107,7 +108,7 @@ def _defect(error: Exception, request: Request) -> SafelatentError:
 
 TABLE: dict[type[Exception], Callable[[Any, Request], SafelatentError]] = {
     SafelatentError: _as_it_is,
-    RequestValidationError: _invalid,
+    RequestValidationError: invalid,
     HTTPException: _of_the_router,
     Exception: _defect,
 }
@@ -118,7 +119,7 @@ def install(app: FastAPI) -> None:
 
     def handler(to_error: Callable[[Any, Request], SafelatentError]) -> Any:
         async def handle(request: Request, raised: Exception) -> Response:
-            response = answer(to_error(raised, request))
+            response = answer(to_error(raised, request), request.url.path)
             response.headers.update(getattr(raised, "headers", None) or {})
             return response
 
@@ -128,11 +129,15 @@ def install(app: FastAPI) -> None:
         app.add_exception_handler(kind, handler(to_error))
 
 
-def answer(error: SafelatentError) -> Response:
-    """The HTTP response of an error."""
+def answer(error: SafelatentError, path: str) -> Response:
+    """The HTTP response of an error, in the dialect of the path that was asked."""
     headers = {"Cache-Control": "no-store"}
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(math.ceil(error.retry_after_s))
+    if isinstance(error, errors.Unauthorized):
+        headers["WWW-Authenticate"] = "Bearer"
+    if path.startswith(openai_errors.PREFIX):
+        return openai_errors.answer(error, headers)
     return Response(
         error.problem.model_dump_json(exclude_unset=True),
         error.problem.status,

@@ -68,7 +68,7 @@ EXAMPLES: dict[str, Any] = {
 }
 
 
-async def _json_only(request: Request) -> None:
+async def json_only(request: Request) -> None:
     media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if media_type != "application/json":
         raise errors.UnsupportedMediaType(
@@ -80,7 +80,7 @@ async def _json_only(request: Request) -> None:
     "/generate",
     status_code=202,
     summary="Generate images",
-    dependencies=[Depends(_json_only)],
+    dependencies=[Depends(json_only)],
     responses={
         200: {"model": Generation, "description": "Ended while the line was held"},
         202: {"description": "Accepted; `Location` says where to look"},
@@ -104,11 +104,7 @@ async def generate(
 ) -> Generation:
     """Queue a generation. Answers 202 at once, or with `Prefer: wait=N` 200 once it has ended."""
 
-    def submit() -> Generation:
-        request, policy = caller.tighten(_complete(asked, parts))
-        return parts.jobs.submit(request, caller.tenant, policy)
-
-    generation = await run_in_threadpool(submit)
+    generation = await run_in_threadpool(submit, asked, parts, caller)
     response.headers["Location"] = f"/generations/{generation.id}"
     generation = await _hold(generation, request, response, parts, caller)
     response.status_code = 200 if generation.status.is_terminal else 202
@@ -210,6 +206,12 @@ async def _hold(
         return generation
     response.headers["Preference-Applied"] = f"wait={wait_s}"
     return await parts.waiting.until_final(generation, caller.tenant, wait_s)
+
+
+def submit(asked: GenerationRequest, parts: Parts, caller: Caller) -> Generation:
+    """Queue what a caller asks for, as its policy allows it."""
+    request, policy = caller.tighten(_complete(asked, parts))
+    return parts.jobs.submit(request, caller.tenant, policy)
 
 
 def _complete(asked: GenerationRequest, parts: Parts) -> GenerationRequest:

@@ -205,11 +205,12 @@ def test_a_wrong_setting_is_one_sentence(environment: dict[str, str], words: str
 def test_the_openapi_document_describes_every_operation(http: httpx.Client) -> None:
     document = http.get("/openapi.json").raise_for_status().json()
     for path, operations in document["paths"].items():
+        errors = "application/json" if path.startswith("/v1/") else "application/problem+json"
         for method, operation in operations.items():
             assert operation["summary"] and operation["description"], (method, path)
             for status, answer in operation["responses"].items():
                 if status >= "400":
-                    assert list(answer["content"]) == ["application/problem+json"], (method, path)
+                    assert list(answer["content"]) == [errors], (method, path)
     examples = document["paths"]["/generate"]["post"]["requestBody"]["content"]["application/json"]
     for example in examples["examples"].values():
         assert http.post("/generate", json=example["value"]).status_code == 202

@@ -1,0 +1,284 @@
+"""Real worker processes on a real Redis: what happens to jobs when something dies."""
+
+import hashlib
+import io
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from redis import Redis
+from rq import Callback, Queue
+from rq.job import Job
+from rq.results import Result
+from rq.serializers import JSONSerializer
+from rq.webhook import Webhook
+
+from safelatent import events
+from safelatent.jobs import TASK, Jobs, queue_name
+from safelatent.schema import Generation, GenerationRequest, Status
+from safelatent.store import Store
+from tests.worker import process
+from tests.worker.running import NOTES
+from worker.slots import LEASE_S
+
+PATIENCE_S = 120
+
+
+class House:
+    """A Redis, a store, worker processes on them, and the frontend's view of its jobs."""
+
+    def __init__(self, redis: Any, checkpoint: Path, folder: Path):
+        self.redis = redis
+        self.connection = Redis.from_url(redis.url)
+        self.jobs = Jobs(self.connection)
+        self.store = Store(f"file://{folder}/store")
+        self.log = folder / "worker.log"
+        self.trace = folder / "trace"
+        self.workers: list[BaseProcess] = []
+        self.environment = {
+            "REDIS_URL": redis.url,
+            "SAFELATENT_MODEL": str(checkpoint),
+            "SAFELATENT_STORE_URL": f"file://{folder}/store",
+            "SAFELATENT_SLOTS": "4",
+            "TRACE": str(self.trace),
+        }
+
+    def start_worker(self, **bent: Any) -> BaseProcess:
+        worker = process.start(self.environment, self.log, **bent)
+        self.workers.append(worker)
+        return worker
+
+    def await_warm(self, count: int = 1) -> None:
+        self.wait(lambda: self.jobs.loaded() == {"tiny": count}, "a warm worker")
+
+    def submit(self, seed: int, **changed: Any) -> str:
+        defaults = {"steps": 12, "scheduler": "ddim", "safety": {"level": "max"}}
+        body = {"model": "tiny", "prompt": "a cat", "seed": seed, **defaults, **changed}
+        return self.jobs.submit(GenerationRequest.model_validate(body)).id
+
+    def wait(self, condition: Callable[[], object], what: str) -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while not condition():
+            assert time.monotonic() < deadline, f"no {what}:\n{self.log.read_text()[-5000:]}"
+            time.sleep(0.05)
+
+    def await_steps(self, *ids: str) -> None:
+        """Until each of these is in the middle of its denoising."""
+        self.wait(lambda: all(self.progress(id) for id in ids), f"progress of {ids}")
+
+    def progress(self, id: str) -> int:
+        latest = events.progress(self.connection, id)
+        return latest.step if latest else 0
+
+    def await_end(self, *ids: str) -> list[Generation]:
+        self.wait(
+            lambda: all(self.jobs.fetch(id).status.is_terminal for id in ids), f"end of {ids}"
+        )
+        return [self.jobs.fetch(id) for id in ids]
+
+    def pixels(self, generation: Generation) -> list[np.ndarray]:
+        """The pictures of a success, which are whole."""
+        assert generation.status == Status.SUCCEEDED, generation.error
+        pictures = []
+        for image in generation.images:
+            content = self.store.get(f"{generation.id}/{image.index}.png")
+            assert hashlib.sha256(content).hexdigest() == image.sha256
+            pictures.append(np.asarray(Image.open(io.BytesIO(content))))
+            assert pictures[-1].shape == (image.height, image.width, 3)
+        assert len(pictures) == generation.request.n
+        return pictures
+
+    def assert_succeeded_once(self, *ids: str) -> None:
+        for generation in self.await_end(*ids):
+            self.pixels(generation)
+            job = self.job(generation.id)
+            assert [result.type for result in job.results()] == [Result.Type.SUCCESSFUL]
+            assert generation.id not in self.queued()
+
+    def job(self, id: str) -> Job:
+        return Job.fetch(id, self.connection, serializer=JSONSerializer)
+
+    def queued(self) -> list[str]:
+        queues = [Queue(queue_name("tiny", p), self.connection) for p in ("high", "normal", "low")]
+        return [id for queue in queues for id in queue.job_ids]
+
+    def end(self) -> None:
+        for worker in self.workers:
+            worker.kill()
+            worker.join()
+        self.connection.close()
+
+
+@pytest.fixture
+def house(own_redis: Any, checkpoint: Path, tmp_path: Path) -> Iterator[House]:
+    house = House(own_redis, checkpoint, tmp_path)
+    yield house
+    house.end()
+
+
+def test_the_most_urgent_job_is_done_first_and_the_least_urgent_too(house):
+    house.environment["SAFELATENT_SLOTS"] = "1"
+    low = [house.submit(i, priority="low", steps=3) for i in range(2)]
+    normal = [house.submit(i, priority="normal", steps=3) for i in range(2)]
+    high = [house.submit(i, priority="high", steps=3, n=2) for i in range(2)]
+    house.start_worker()
+    in_order = [*high, *normal, *low]
+    house.assert_succeeded_once(*in_order)
+    assert sorted(in_order, key=lambda id: house.job(id).started_at) == in_order
+    # Image i of a request is the image of seed + i, in whatever company it is made.
+    pair, single = house.jobs.fetch(high[0]), house.jobs.fetch(high[1])
+    assert [image.seed for image in pair.images] == [0, 1]
+    apart = house.pixels(pair)[1].astype(int) - house.pixels(single)[0]
+    assert abs(apart).max() <= 1
+
+
+def test_when_a_worker_is_killed_another_does_its_jobs_once_each(house):
+    victim = house.start_worker(step_s=1.5)
+    held = [house.submit(i, steps=20) for i in range(4)]
+    house.await_steps(*held)
+    waiting = house.submit(9)
+    house.start_worker()
+    house.await_warm(2)
+    house.assert_succeeded_once(waiting)
+    victim.kill()
+    killed_at = time.time()
+    house.assert_succeeded_once(*held)
+    taken = [house.job(id).started_at.timestamp() - killed_at for id in held]
+    ended = [house.job(id).ended_at.timestamp() - killed_at for id in held]
+    NOTES.append(
+        f"kill -9 with 4 jobs in flight, lease {LEASE_S} s: taken over after "
+        f"{min(taken):.1f} to {max(taken):.1f} s, all finished after {max(ended):.1f} s"
+    )
+
+
+def test_on_sigterm_a_worker_finishes_what_runs_takes_nothing_new_and_leaves_with_0(house):
+    worker = house.start_worker(step_s=0.05)
+    running = [house.submit(i, steps=40) for i in range(4)]
+    house.await_steps(*running)
+    queued = [house.submit(i) for i in range(2)]
+    os.kill(worker.pid, signal.SIGTERM)
+    worker.join(PATIENCE_S)
+    assert worker.exitcode == 0
+    house.assert_succeeded_once(*running)
+    assert house.queued() == queued
+    assert house.jobs.loaded() == {}
+
+
+def test_a_cancelled_generation_stops_between_two_steps_and_its_neighbours_go_on(house):
+    house.start_worker(step_s=0.05)
+    stopped = house.submit(1, steps=500, n=2)
+    neighbours = [house.submit(i, steps=40) for i in range(2, 5)]
+    house.await_steps(stopped, *neighbours)
+    queued = house.submit(6)
+    house.jobs.cancel(queued)
+    house.jobs.cancel(stopped)
+    for generation in house.await_end(stopped, queued):
+        assert generation.status == Status.CANCELLED
+        assert generation.images == []
+    house.assert_succeeded_once(*neighbours)
+    entries = house.connection.xrange(events.STREAM)
+    assert not any(
+        f'"{stopped}": [500,'.encode() in fields.get(b"steps", b"") for _, fields in entries
+    )
+    finished = [fields[b"finished"].decode() for _, fields in entries if b"finished" in fields]
+    assert finished.index(stopped) < min(finished.index(id) for id in neighbours)
+
+
+def test_a_job_that_kills_its_workers_is_given_up_and_takes_no_other_with_it(house):
+    bent = {"lease_s": 2, "step_s": 0.05, "poison_seed": 666}
+    house.start_worker(**bent)
+    innocents = [house.submit(i, steps=20) for i in range(3)]
+    house.await_steps(*innocents)
+    poison = house.submit(666)
+    everybody = [poison, *innocents]
+    crashes = 0
+
+    def all_ended() -> bool:
+        return all(house.jobs.fetch(id).status.is_terminal for id in everybody)
+
+    while not all_ended():
+        worker = house.workers[-1]
+        house.wait(lambda worker=worker: all_ended() or not worker.is_alive(), "crash or end")
+        if not worker.is_alive():
+            crashes += 1
+            assert crashes <= 3, house.log.read_text()[-5000:]
+            house.start_worker(**bent)
+    [failed] = house.await_end(poison)
+    assert crashes == 3
+    assert failed.status == Status.FAILED
+    assert failed.error.type == "/problems/worker-crashed"
+    house.assert_succeeded_once(*innocents)
+
+
+def test_when_redis_is_killed_and_comes_back_every_job_is_done_once(house):
+    house.start_worker(lease_s=2, step_s=0.05)
+    jobs = [house.submit(i, steps=steps) for i, steps in enumerate((10, 20, 40, 60, 20, 20, 20))]
+    house.await_steps(*jobs[2:4])
+    house.redis.kill()
+    time.sleep(2.5)  # longer than a lease, and some end meanwhile
+    house.redis.start()
+    house.assert_succeeded_once(*jobs)
+    house.await_warm()
+    again = [house.submit(i, steps=40) for i in range(10, 14)]
+    house.await_steps(*again)  # at the same time: every slot has come back
+    house.assert_succeeded_once(*again)
+
+
+@pytest.fixture
+def webhook() -> Iterator[tuple[str, list[str]]]:
+    """The address of a server, and what it was asked for."""
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *anything: object) -> None: ...
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", asked
+        server.shutdown()
+
+
+def test_a_forged_job_runs_nothing_and_calls_nobody(house, webhook):
+    """Whoever can write to Redis can put any job there; only generations are ever done."""
+    url, asked = webhook
+    trace = "tests.worker.process.trace"
+    forger = Queue("tiny:high", house.connection, serializer=JSONSerializer)
+    genuine = house.submit(1)
+    extras = {
+        "on_success": Callback(trace),
+        "on_failure": Callback(trace),
+        "on_stopped": Callback(trace),
+        "webhooks": [Webhook(f"{url}/done", "finished"), Webhook(f"{url}/failed", "failed")],
+    }
+    kwargs = house.job(genuine).kwargs
+    forged = [
+        forger.enqueue("os.system", f"touch {house.trace}"),
+        forger.enqueue(trace, **extras),
+        forger.enqueue(TASK, kwargs={"version": 1, "request": {"prompt": 5}}, **extras),
+        forger.enqueue(TASK, kwargs={**kwargs, "version": 99}, **extras),
+        forger.enqueue(TASK, kwargs=kwargs, **extras),
+    ]
+    house.start_worker()
+    house.assert_succeeded_once(genuine)
+
+    def statuses() -> list[str]:
+        return [job.get_status().value for job in forged]
+
+    house.wait(lambda: set(statuses()) <= {"finished", "failed"}, "end of the forged jobs")
+    assert statuses() == ["failed"] * 4 + ["finished"]
+    assert not house.trace.exists()
+    assert asked == []
