@@ -34,8 +34,8 @@ check: $(INSTALLED) ## style, types, import rules, container files
 bench: $(INSTALLED) ## speed and memory against diffusers' own pipeline
 	$(BIN)/python -m benchmarks $(ARGS)
 
-evaluate-embedded: $(INSTALLED) ## what safety does to the embedded model's pictures
-	$(BIN)/python -m evaluation $(ARGS)
+evaluate-embedded: $(INSTALLED) ## what safety does to the embedded model, by a service that runs (make run)
+	$(BIN)/python -m evaluation.embedded $(ARGS)
 
 model: $(INSTALLED) ## train models/emoji_scenes from nothing (hours; goes on where it was stopped)
 	$(BIN)/python -m training $(ARGS)

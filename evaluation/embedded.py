@@ -141,7 +141,7 @@ def save_sheet(sheet: list[list[np.ndarray]], path: Path, scale: int) -> None:
 
 def main() -> None:
     """Evaluate, print the table, and write table, JSON and contact sheets."""
-    parser = argparse.ArgumentParser(prog="python -m evaluation", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m evaluation.embedded", description=__doc__)
     parser.add_argument("--url", default=None, help="the service; default SAFELATENT_URL")
     parser.add_argument("--seeds", type=int, default=10, help="pictures a prompt and level")
     parser.add_argument("--steps", type=int, default=25)
