@@ -5,6 +5,10 @@ SafelatentError
 │   ├── InvalidRequest         422  a field is wrong; `errors` names it
 │   │   └── SafetyCannotAct    422  the safety level asked for could not change the image
 │   ├── MalformedBody          400  not JSON
+│   ├── MalformedHeader        400
+│   ├── NotAcceptable          406  the answer cannot have a form that `Accept` asks for
+│   ├── KeyInUse               409  the first request with this Idempotency-Key is being accepted
+│   ├── KeyReused              422  another request had this Idempotency-Key
 │   ├── BodyTooLarge           413
 │   ├── UnsupportedMediaType   415
 │   ├── MethodNotAllowed       405
@@ -94,6 +98,33 @@ class MalformedBody(RequestError):
     """The body is not JSON."""
 
     title = "The body is not JSON"
+
+
+class MalformedHeader(RequestError):
+    """A header has a value that cannot be."""
+
+    title = "A header cannot be read"
+
+
+class NotAcceptable(RequestError):
+    """The answer cannot have a form that the request's `Accept` asks for."""
+
+    status = 406
+    title = "There is no answer in the form that was asked for"
+
+
+class KeyInUse(RequestError):
+    """The first request with this Idempotency-Key is still being accepted; try again shortly."""
+
+    status = 409
+    title = "The idempotency key is in use"
+
+
+class KeyReused(RequestError):
+    """The Idempotency-Key belongs to a request that was not the same as this one."""
+
+    status = 422
+    title = "The idempotency key was used for another request"
 
 
 class BodyTooLarge(RequestError):

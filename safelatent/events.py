@@ -5,7 +5,7 @@ The latest step of a running generation also stands in a hash, for those who onl
 """
 
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any
 
 import redis.asyncio
@@ -44,6 +44,33 @@ def progress(connection: Redis, id: str) -> Progress | None:
     return Progress(step=step, steps=steps)
 
 
+def latest(connection: Redis, id: str, after: str) -> tuple[str, Progress] | None:
+    """The newest step of a generation after a stream id, and the stream id of that step."""
+    before = "+"
+    while page := list(_entries(connection.xrevrange(STREAM, before, f"({after}", count=200))):
+        for stream_id, steps, _ in page:
+            if id in steps:
+                return stream_id, steps[id]
+        before = f"({page[-1][0]}"
+    return None
+
+
+def holds(connection: Redis, stream_id: str) -> bool:
+    """Whether the stream has given this id, and still holds all that came after it."""
+    first: Any = connection.xrange(STREAM, count=1)
+    newest: Any = connection.xrevrange(STREAM, count=1)
+    if not first:
+        return False
+    oldest, last = first[0][0].decode(), newest[0][0].decode()
+    return order(oldest) <= order(stream_id) <= order(last)
+
+
+def order(stream_id: str) -> tuple[int, int]:
+    """What stream ids are sorted by."""
+    milliseconds, sequence = stream_id.split("-")
+    return int(milliseconds), int(sequence)
+
+
 async def last(connection: redis.asyncio.Redis) -> str:
     """The stream id of the newest entry, to follow from. XREAD's own "$" would miss what comes
     between two calls."""
@@ -58,11 +85,16 @@ async def follow(
     while True:
         answer: Any = await connection.xread({STREAM: after}, count=1000, block=1000)
         for _, entries in answer:
-            for stream_id, fields in entries:
-                after = stream_id.decode()
-                steps = {
-                    id: Progress(step=step, steps=steps)
-                    for id, (step, steps) in json.loads(fields.get(b"steps", b"{}")).items()
-                }
-                finished = [fields[b"finished"].decode()] if b"finished" in fields else []
-                yield after, steps, finished
+            for entry in _entries(entries):
+                after = entry[0]
+                yield entry
+
+
+def _entries(answer: Any) -> Iterator[tuple[str, dict[str, Progress], list[str]]]:
+    for stream_id, fields in answer:
+        steps = {
+            id: Progress(step=step, steps=steps)
+            for id, (step, steps) in json.loads(fields.get(b"steps", b"{}")).items()
+        }
+        finished = [fields[b"finished"].decode()] if b"finished" in fields else []
+        yield stream_id.decode(), steps, finished

@@ -5,9 +5,11 @@ JSON only, and `SafeJob` on both sides: whoever can write to Redis can forge a j
 be able to run code with it.
 """
 
+import hashlib
+import time
 import uuid
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 from redis import Redis
@@ -47,6 +49,11 @@ this very job may have caused, and gives up after `worker.tasks.MAX_ATTEMPTS`.""
 MODELS = "safelatent:models"
 WORKERS = "safelatent:workers"
 CANCELLED = "safelatent:cancelled:{}"
+OWNED = "safelatent:owned:{}"
+"""A tenant's generations by the microsecond of their creation."""
+ONCE = "safelatent:once:{}:{}"
+RESERVED_S = 30
+"""How long an idempotency key is held for what is not queued yet: the frontend may die."""
 
 STATUS = {
     JobStatus.STARTED: Status.RUNNING,
@@ -56,6 +63,17 @@ STATUS = {
     JobStatus.CANCELED: Status.CANCELLED,
 }
 """RQ's words in ours; every other one means that the job still waits."""
+
+
+class Once(NamedTuple):
+    """What makes a repeated request the same one: the caller's key, and a hash of the body."""
+
+    key: str
+    fingerprint: str
+
+    def name(self, tenant: str) -> str:
+        """Its key in Redis; what a caller sends goes in as a hash."""
+        return ONCE.format(tenant, hashlib.sha256(self.key.encode()).hexdigest())
 
 
 class SafeJob(Job):
@@ -100,31 +118,119 @@ class Jobs:
         self.connection = connection
 
     def submit(
-        self, request: GenerationRequest, tenant: str = OPEN, policy: PolicyApplied | None = None
+        self,
+        request: GenerationRequest,
+        tenant: str = OPEN,
+        policy: PolicyApplied | None = None,
+        once: Once | None = None,
     ) -> Generation:
-        """Queue a tenant's request, whose `model` and `seed` are filled in."""
+        """Queue a tenant's request, whose `model` and `seed` are filled in.
+
+        With `once` the first request of several is queued, and all get its generation.
+        """
         assert request.model is not None and request.seed is not None
         queue = SafeQueue(
             queue_name(request.model, request.priority), self.connection, serializer=JSONSerializer
         )
+        id = str(uuid.uuid4())
         with redis_errors():
-            job = queue.enqueue(
-                TASK,
-                kwargs={"version": SCHEMA_VERSION, "request": request.model_dump(mode="json")},
-                job_id=str(uuid.uuid4()),
-                description=TASK,
-                job_timeout=TIMEOUT_S,
-                result_ttl=KEPT_S,
-                failure_ttl=KEPT_S,
-                retry=Retry(max=RETRIES),
-                meta={"tenant": tenant, "policy": policy and policy.model_dump()},
-            )
+            if once and (first := self._reserve(once, tenant, id)):
+                return self._generation(first)
+            with self.connection.pipeline() as pipeline:
+                job = queue.enqueue(
+                    TASK,
+                    kwargs={"version": SCHEMA_VERSION, "request": request.model_dump(mode="json")},
+                    job_id=id,
+                    description=TASK,
+                    job_timeout=TIMEOUT_S,
+                    result_ttl=KEPT_S,
+                    failure_ttl=KEPT_S,
+                    retry=Retry(max=RETRIES),
+                    meta={"tenant": tenant, "policy": policy and policy.model_dump()},
+                    pipeline=pipeline,
+                )
+                owned = OWNED.format(tenant)
+                pipeline.zadd(owned, {id: _microseconds(job)})
+                pipeline.zremrangebyscore(owned, "-inf", _microseconds(job) - KEPT_S * 1_000_000)
+                pipeline.expire(owned, 2 * KEPT_S)
+                if once:
+                    pipeline.set(once.name(tenant), f"{once.fingerprint} {id}", ex=KEPT_S)
+                pipeline.execute()
             return self._generation(job)
+
+    def _reserve(self, once: Once, tenant: str, id: str) -> SafeJob | None:
+        """Hold a key for a job that will be queued, or the job that was queued under it.
+
+        Raises KeyReused, KeyInUse, and NotFound for one that was deleted.
+        """
+        name = once.name(tenant)
+        deadline = time.monotonic() + 1
+        while not self.connection.set(name, f"{once.fingerprint} {id}", nx=True, ex=RESERVED_S):
+            taken: Any = self.connection.get(name)
+            if taken is None:
+                continue  # it has just expired
+            fingerprint, first = taken.decode().split(" ")
+            if fingerprint != once.fingerprint:
+                raise errors.KeyReused(
+                    "this Idempotency-Key came with another body: a new request needs a new key"
+                )
+            left: Any = self.connection.ttl(name)
+            try:
+                return self._job(first, tenant)
+            except errors.NotFound:
+                if left > RESERVED_S:
+                    raise
+            if time.monotonic() > deadline:
+                raise errors.KeyInUse(
+                    "the first request with this Idempotency-Key is still being accepted",
+                    retry_after_s=1,
+                )
+            time.sleep(0.05)
+        return None
 
     def fetch(self, id: str, tenant: str = OPEN) -> Generation:
         """The generation as it stands; NotFound for an id that is unknown, expired or another's."""
         with redis_errors():
             return self._generation(self._job(id, tenant))
+
+    def owned(
+        self, tenant: str, after: tuple[int, str] | None, before_us: int
+    ) -> Iterator[tuple[tuple[int, str], Generation]]:
+        """A tenant's generations with their places, newest first: those that come after a place and
+        were created at `before_us` at the latest."""
+        top = min(before_us, after[0]) if after else before_us
+        start = 0
+        while True:
+            with redis_errors():
+                members: Any = self.connection.zrevrangebyscore(
+                    OWNED.format(tenant), top, "-inf", start, 100, withscores=True
+                )
+            if not members:
+                return
+            start += len(members)
+            for member, score in members:
+                place = int(score), member.decode()
+                if after and place >= after:
+                    continue  # also what a newer one has moved into this hundred
+                after = place
+                try:
+                    yield place, self.fetch(place[1], tenant)
+                except errors.NotFound:
+                    pass  # expired
+
+    def delete(self, id: str, tenant: str = OPEN) -> None:
+        """Forget a generation that has ended."""
+        with redis_errors():
+            job = self._job(id, tenant)
+            try:
+                job.delete()
+            except ValueError as error:  # RQ still misses a dead execution of it
+                raise errors.NotFinished(
+                    f"generation {id} is still being cancelled: try again in a minute",
+                ) from error
+            self.connection.zrem(OWNED.format(tenant), id)
+            self.connection.delete(CANCELLED.format(id))
+            events.publish_finished(self.connection, id)
 
     def cancel(self, id: str, tenant: str = OPEN) -> Generation:
         """Cancel a queued or running generation; a finished one stays as it is.
@@ -223,6 +329,10 @@ class Jobs:
                     "the worker failed unexpectedly; its log says more"
                 ).problem
         return generation
+
+
+def _microseconds(job: Job) -> int:
+    return int(job.created_at.timestamp() * 1_000_000)
 
 
 class redis_errors:

@@ -384,3 +384,36 @@ class Generation(_Response):
     timings: Timings | None = None
     error: Problem | None = None
     links: dict[str, str] = Field(default_factory=dict)
+
+
+class GenerationPage(_Response):
+    """Some of a tenant's generations, newest first."""
+
+    data: list[Generation]
+    next: str | None = None
+    """The `cursor` of the next page; null when this is the last. A page may be short, or empty."""
+
+
+class Capabilities(_Response):
+    """What the calling tenant may ask of this service."""
+
+    limits: dict[str, int]
+    """The most of each; sizes in pixels, texts in characters."""
+    models: list[str]
+    """Ids, as `GET /models` describes them."""
+    schedulers: list[str]
+    levels: dict[str, SafetyParameters | None]
+    """Safety levels with their numbers; `off` and `custom` have none of their own."""
+    concepts: list[str]
+    """What is steered away from unless a request says otherwise."""
+    concepts_fixed: bool
+    """Whether a request may not say otherwise: the tenant has a floor."""
+    floor: Level
+    below_floor: Literal["refuse", "raise"]
+    ceiling: Level
+    checks: dict[str, list[str]]
+    """The image checks of each model."""
+    image_formats: list[str]
+    telemetry: list[str]
+    priorities: list[str]
+    features: list[str]

@@ -45,6 +45,16 @@ class Store:
         except (BaseError, OSError) as error:
             raise errors.StoreUnavailable(f"cannot read {key}: {error}") from error
 
+    def delete(self, id: str) -> None:
+        """Remove all that a generation has left here."""
+        try:
+            for metas in self._store.list(f"{self._checked(f'{id}/all').split('/')[0]}/"):
+                self._store.delete([meta["path"] for meta in metas])
+        except FileNotFoundError:
+            pass  # someone else was faster
+        except (BaseError, OSError) as error:
+            raise errors.StoreUnavailable(f"cannot delete {id}: {error}") from error
+
     @staticmethod
     def _checked(key: str) -> str:
         if not KEY.fullmatch(key):

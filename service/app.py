@@ -15,7 +15,8 @@ from service import problems
 from service.auth import Callers
 from service.body import BodyLimit
 from service.parts import Parts
-from service.routes import generations, openai, operations
+from service.request_id import RequestId
+from service.routes import collection, generations, openai, operations
 from service.settings import Settings
 from service.waiting import Waiting
 
@@ -54,8 +55,10 @@ def create_app(settings: Settings) -> FastAPI:
         settings, jobs, Store(settings.store_url), waiting, Callers(settings.policy_file)
     )
     app.add_middleware(BodyLimit)
+    app.add_middleware(RequestId)  # the last is the outermost
     problems.install(app)
     app.include_router(generations.router)
+    app.include_router(collection.router)
     app.include_router(operations.router)
     app.include_router(openai.router)
     return app
@@ -64,9 +67,11 @@ def create_app(settings: Settings) -> FastAPI:
 DESCRIPTION = """
 `POST /generate` takes a prompt and answers at once with a generation, whose `links.self` tells how
 it goes on; with `Prefer: wait=60` the answer comes when the images are done, or after 60 seconds.
+With `Accept: image/png` as well it is the image, and with `Accept: text/event-stream` it is events.
 
 Every generation says what safety was asked, what was done and what was seen. Every error is a
-problem (RFC 9457, `application/problem+json`) whose `type` is a page that explains it.
+problem (RFC 9457, `application/problem+json`) whose `type` is a page that explains it. Every answer
+has an `X-Request-ID`, yours (up to 100 printable characters) or a new one; the log has it too.
 
 This page loads its scripts from a CDN; `/openapi.json` is the same reference without them.
 """

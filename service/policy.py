@@ -15,9 +15,16 @@ import hmac
 import tomllib
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 
 from safelatent import errors
 from safelatent.safety import CONCEPT, LEVELS, Level, SafetyParameters
@@ -25,6 +32,7 @@ from safelatent.schema import (
     MAX_IMAGES,
     MAX_SIZE,
     MAX_STEPS,
+    MAX_TEXT,
     FieldError,
     GenerationRequest,
     PolicyApplied,
@@ -58,7 +66,10 @@ class Tenant(_Part):
     keys: list[Key] = []
     floor: Literal["off", "weak", "medium", "strong", "max"] = "off"
     """The weakest safety level it may use. Above `off`, checks block and the concepts are fixed."""
-    concepts: list[str] = [CONCEPT]
+    concepts: Annotated[
+        list[Annotated[str, StringConstraints(min_length=1, max_length=MAX_TEXT)]],
+        Field(min_length=1, max_length=8),
+    ] = [CONCEPT]
     """With a floor, the only concepts: one that is added could draw the guidance away from them."""
     ceiling: Literal["off", "weak", "medium", "strong", "max"] = "max"
     """The strongest level it may use."""
@@ -69,6 +80,12 @@ class Tenant(_Part):
     max_steps: Annotated[int, Field(gt=0)] = MAX_STEPS
     max_images: Annotated[int, Field(gt=0)] = MAX_IMAGES
     priorities: list[Priority] = ["high", "normal", "low"]
+
+    @model_validator(mode="after")
+    def _leaves_a_level(self) -> Self:
+        if STRICTNESS.index(self.floor) > STRICTNESS.index(self.ceiling):
+            raise ValueError(f"the floor {self.floor} is above the ceiling {self.ceiling}")
+        return self
 
 
 class Policy(_Part):
@@ -106,7 +123,9 @@ def load(path: Path) -> tuple[Policy, str]:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
-        raise UnusablePolicy(f"{path}: {field}: {first['msg']} (got {first['input']!r})") from error
+        # Whoever pastes a key where its hash belongs must not read it again in a log.
+        seen = "" if "keys" in first["loc"] else f" (got {first['input']!r:.200})"
+        raise UnusablePolicy(f"{path}: {field}: {first['msg']}{seen}") from None
     return policy, hashlib.sha256(content).hexdigest()
 
 
@@ -140,12 +159,15 @@ def tighten(
     try:
         return GenerationRequest.model_validate(fields), applied
     except ValidationError as error:
-        why = error.errors()[0]["msg"]
-        raise errors.SafetyCannotAct(f"your policy lifts the level, and then {why}") from error
+        message = f"as your policy raises it, {error.errors()[0]['msg']}"
+        wrong = FieldError(field="safety.level", value=safety.level, message=message)
+        raise errors.SafetyCannotAct(f"safety.level: {message}", errors=[wrong]) from error
 
 
 def _refuse_excess(request: GenerationRequest, tenant: Tenant) -> None:
-    pixels = (request.width or 0) * (request.height or 0)
+    # Before a worker has told its native size, a side that is not given counts as the other one.
+    width, height = request.width or request.height or 0, request.height or request.width or 0
+    pixels = width * height
     wrong = [
         (request.n > tenant.max_images, "n", request.n, f"{tenant.max_images} at most"),
         (request.steps > tenant.max_steps, "steps", request.steps, f"{tenant.max_steps} at most"),
@@ -168,7 +190,7 @@ def _refuse_excess(request: GenerationRequest, tenant: Tenant) -> None:
             f"one of {', '.join(tenant.models or [])}",
         ),
         (
-            _rank(request.safety, tenant.ceiling) > 0,
+            _is_above(request.safety, tenant.ceiling),
             "safety.level",
             request.safety.level,
             f"{tenant.ceiling} at most",
@@ -200,7 +222,7 @@ def _shortfalls(safety: SafetyRequest, tenant: Tenant) -> list[FieldError]:
 def _is_at_least(safety: SafetyRequest, floor: Level) -> bool:
     """Whether a level is as strict as the floor; custom numbers are compared one by one."""
     if safety.level != "custom":
-        return _rank(safety, floor) >= 0
+        return STRICTNESS.index(safety.level) >= STRICTNESS.index(floor)
     assert safety.parameters is not None
     return floor == "off" or _is_stricter(safety.parameters, LEVELS[floor])
 
@@ -215,11 +237,14 @@ def _is_stricter(a: SafetyParameters, b: SafetyParameters) -> bool:
     )
 
 
-def _rank(safety: SafetyRequest, level: Level) -> int:
-    """Above 0 for a stricter level than `level`; custom levels count as equal."""
-    if safety.level == "custom":
-        return 0
-    return STRICTNESS.index(safety.level) - STRICTNESS.index(level)
+def _is_above(safety: SafetyRequest, ceiling: Level) -> bool:
+    """Whether a level is stricter than the ceiling; any one number of a custom level can be."""
+    if ceiling == "max":
+        return False
+    if safety.level != "custom":
+        return STRICTNESS.index(safety.level) > STRICTNESS.index(ceiling)
+    assert safety.parameters is not None
+    return ceiling == "off" or not _is_stricter(LEVELS[ceiling], safety.parameters)
 
 
 def _utc(when: datetime) -> datetime:

@@ -18,6 +18,7 @@ from safelatent.errors import SafelatentError
 from safelatent.safety import SafetyParameters
 from safelatent.schema import FieldError, GenerationRequest, SafetyRequest
 from service import openai_errors
+from service.request_id import HEADER
 
 SHOWN = 200
 """Characters of a wrong value that are echoed."""
@@ -121,6 +122,10 @@ def install(app: FastAPI) -> None:
         async def handle(request: Request, raised: Exception) -> Response:
             response = answer(to_error(raised, request), request.url.path)
             response.headers.update(getattr(raised, "headers", None) or {})
+            if id := request.scope.get(
+                "request_id"
+            ):  # of a defect the answer is made outside of it
+                response.headers[HEADER] = id
             return response
 
         return handle

@@ -1,4 +1,4 @@
-"""Holding the line: what `Prefer: wait=N` asks for, and who wakes the request that waits."""
+"""Holding the line: what `Prefer` asks for, and the news that wakes the requests that wait."""
 
 import asyncio
 import logging
@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 
 import redis.asyncio
 from redis.exceptions import RedisError
@@ -14,11 +15,12 @@ from starlette.concurrency import run_in_threadpool
 from safelatent import events
 from safelatent.errors import QueueUnavailable
 from safelatent.jobs import Jobs
-from safelatent.schema import Generation
+from safelatent.schema import Generation, Progress
 
 log = logging.getLogger("uvicorn.error")
 
 MAX_WAIT_S = 300
+CANCEL = "cancel-on-disconnect"
 WAIT = re.compile(r'wait\s*=\s*("?)0*([0-9]+)\1', re.IGNORECASE)
 
 
@@ -27,22 +29,50 @@ def preferred_wait(prefer: list[str]) -> int | None:
 
     A preference that cannot be read is ignored, as the RFC has it; None means no wait.
     """
-    for preference in ",".join(prefer).split(","):
-        if found := WAIT.fullmatch(preference.split(";")[0].strip()):
+    for preference in _preferences(prefer):
+        if found := WAIT.fullmatch(preference):
             return min(int(found[2][:9]), MAX_WAIT_S)
     return None
 
 
+def prefers_cancel(prefer: list[str]) -> bool:
+    """Whether the Prefer headers ask that hanging up cancels the generation."""
+    return CANCEL in (preference.lower() for preference in _preferences(prefer))
+
+
+def _preferences(prefer: list[str]) -> Iterator[str]:
+    for preference in ",".join(prefer).split(","):
+        yield preference.split(";")[0].strip()
+
+
+@dataclass(eq=False)
+class Mailbox:
+    """What one request has not yet read of its generation's news: never more than the latest."""
+
+    step: tuple[str, Progress] | None = None
+    """The latest step, and its stream id."""
+    finished: asyncio.Event = field(default_factory=asyncio.Event)
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set by a step and by the end; for those who wait for the end only, steps wake nobody."""
+
+    def finish(self) -> None:
+        self.finished.set()
+        self.news.set()
+
+
 class Waiting:
-    """Wakes whoever waits for a generation, by one Redis connection for the process."""
+    """Brings the news of generations to who waits, by one Redis connection for the process."""
 
     def __init__(self, redis_url: str, jobs: Jobs, look_every_s: float = 5):
         self.redis_url = redis_url
         self.jobs = jobs
         self.look_every_s = look_every_s
         """How often a waiter looks although nobody woke it."""
-        self._waiters: dict[str, set[asyncio.Event]] = defaultdict(set)
-        self._released = False
+        self.released = False
+        """Set when the process is about to end."""
+        self.position: str | None = None
+        """Stream id of the last event that was followed; None before the first connection."""
+        self._mailboxes: dict[str, set[Mailbox]] = defaultdict(set)
 
     async def until_final(self, generation: Generation, tenant: str, seconds: float) -> Generation:
         """Wait until the generation's status is final, at most so long; then as it stands.
@@ -51,57 +81,65 @@ class Waiting:
         """
         clock = asyncio.get_running_loop().time
         deadline = clock() + seconds
-        with self._waiter(generation.id) as woken:
+        with self.mailbox(generation.id) as mailbox:
             while not generation.status.is_terminal:
-                woken.clear()
+                mailbox.finished.clear()
                 with suppress(QueueUnavailable):
                     generation = await run_in_threadpool(self.jobs.fetch, generation.id, tenant)
                 left = deadline - clock()
-                if generation.status.is_terminal or left <= 0 or self._released:
+                if generation.status.is_terminal or left <= 0 or self.released:
                     break
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(woken.wait(), min(left, self.look_every_s))
+                    await asyncio.wait_for(mailbox.finished.wait(), min(left, self.look_every_s))
         return generation
 
     def release(self) -> None:
         """Let every request that waits answer now: the process is about to end."""
-        self._released = True
-        for waiters in self._waiters.values():
-            for woken in waiters:
-                woken.set()
+        self.released = True
+        for mailboxes in self._mailboxes.values():
+            for mailbox in mailboxes:
+                mailbox.finish()
 
     async def follow(self) -> None:
         """Wake waiters as generations finish, for ever; after an outage go on where it broke."""
         connection = redis.asyncio.Redis.from_url(
             self.redis_url, socket_timeout=5, socket_connect_timeout=5
         )
-        last: str | None = None
         pause_s = 0.1
         async with connection:
             while True:
                 try:
-                    last = last or await events.last(connection)
-                    async for stream_id, _, finished in events.follow(connection, last):
-                        last, pause_s = stream_id, 0.1
-                        for id in finished:
-                            for woken in self._waiters.get(id, ()):
-                                woken.set()
+                    self.position = self.position or await events.last(connection)
+                    async for news in events.follow(connection, self.position):
+                        self._deliver(*news)
+                        pause_s = 0.1
                 except (RedisError, OSError) as error:
                     log.warning("cannot follow events, trying again: %s", error)
                     await asyncio.sleep(pause_s)
                     pause_s = min(2 * pause_s, 5)
                 except Exception:
                     log.exception("an event of a kind that this service does not know; going on")
-                    last = None
+                    self.position = None
                     await asyncio.sleep(pause_s)
 
+    def _deliver(self, stream_id: str, steps: dict[str, Progress], finished: list[str]) -> None:
+        self.position = stream_id
+        for id in steps.keys() & self._mailboxes.keys():
+            for mailbox in self._mailboxes[id]:
+                mailbox.step = stream_id, steps[id]
+                mailbox.news.set()
+        for id in finished:
+            for mailbox in self._mailboxes.get(id, ()):
+                mailbox.finish()
+
     @contextmanager
-    def _waiter(self, id: str) -> Iterator[asyncio.Event]:
-        woken = asyncio.Event()
-        self._waiters[id].add(woken)
+    def mailbox(self, id: str) -> Iterator[Mailbox]:
+        """Where the news of a generation come from now on."""
+        mailbox = Mailbox()
+        self._mailboxes[id].add(mailbox)
         try:
-            yield woken
+            yield mailbox
         finally:
-            self._waiters[id].discard(woken)
-            if not self._waiters[id]:
-                del self._waiters[id]
+            self._mailboxes[id].discard(mailbox)
+            if not self._mailboxes[id]:
+                del self._mailboxes[id]

@@ -1,5 +1,8 @@
 """Generations over HTTP: ask for one, look at it, fetch its images, cancel it."""
 
+import asyncio
+import hashlib
+import json
 import secrets
 from typing import Annotated, Any
 
@@ -7,6 +10,7 @@ from fastapi import APIRouter, Body, Depends, Path, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from safelatent import errors
+from safelatent.jobs import Once
 from safelatent.schema import (
     MAX_IMAGES,
     FieldError,
@@ -16,12 +20,16 @@ from safelatent.schema import (
     LoadedModel,
     Status,
 )
+from service import accept
 from service.auth import Caller, TheCaller
 from service.parts import Parts, TheParts
 from service.problems import documented
-from service.waiting import MAX_WAIT_S, preferred_wait
+from service.waiting import CANCEL, MAX_WAIT_S, preferred_wait, prefers_cancel
+from service.watching import EVENTS, linked, watch
 
-router = APIRouter(tags=["generations"])
+router = APIRouter(
+    tags=["generations"], responses=documented(errors.Unauthorized, errors.Forbidden)
+)
 
 Id = Annotated[str, Path(description="The generation's `id`.", max_length=100)]
 Index = Annotated[int, Path(description="The image's `index`, from 0.", ge=0, le=2**31)]
@@ -30,10 +38,31 @@ PREFER = {
     "name": "Prefer",
     "in": "header",
     "description": f"`wait=N` (RFC 7240): hold the line until the generation has ended, at most "
-    f"N seconds, and at most {MAX_WAIT_S}. `Preference-Applied` in the answer says how long. "
-    "What cannot be read is ignored.",
+    f"N seconds, and at most {MAX_WAIT_S}. `{CANCEL}`: hanging up meanwhile cancels it. "
+    "`Preference-Applied` in the answer says what was understood; the rest is ignored.",
     "schema": {"type": "string"},
     "example": "wait=60",
+}
+ACCEPT = {
+    "name": "Accept",
+    "in": "header",
+    "description": "`application/json`; `text/event-stream` for events until the end; or, with "
+    "`Prefer: wait=N` and `n` of 1, `image/png`, `image/webp` or `image/jpeg` for the image, "
+    "which also sets an `image_format` that the body leaves out.",
+    "schema": {"type": "string"},
+}
+IDEMPOTENCY_KEY = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "description": "For 24 hours the same key with the same body gives the same generation, "
+    "whatever became of it. A key is up to 255 characters, and each tenant has its own.",
+    "schema": {"type": "string", "minLength": 1, "maxLength": 255},
+}
+LAST_EVENT_ID = {
+    "name": "Last-Event-ID",
+    "in": "header",
+    "description": "Go on after this event. One that is malformed, unknown or too old is ignored.",
+    "schema": {"type": "string"},
 }
 
 EXAMPLES: dict[str, Any] = {
@@ -79,21 +108,36 @@ async def json_only(request: Request) -> None:
 @router.post(
     "/generate",
     status_code=202,
+    response_model=Generation,
     summary="Generate images",
     dependencies=[Depends(json_only)],
     responses={
-        200: {"model": Generation, "description": "Ended while the line was held"},
+        200: {
+            "model": Generation,
+            "description": "Ended while the line was held: the generation, or its image with the "
+            "report in `Safelatent-` headers; or a stream of events",
+            "content": {"text/event-stream": {}, **{each: {} for each in accept.IMAGES}},
+        },
         202: {"description": "Accepted; `Location` says where to look"},
         **documented(
             errors.MalformedBody,
+            errors.MalformedHeader,
+            errors.Unauthorized,
+            errors.Forbidden,
+            errors.ImageBlocked,
+            errors.NotAcceptable,
+            errors.KeyInUse,
             errors.BodyTooLarge,
             errors.UnsupportedMediaType,
             errors.InvalidRequest,
             errors.SafetyCannotAct,
+            errors.KeyReused,
+            errors.JobError,
             errors.QueueUnavailable,
+            errors.StoreUnavailable,
         ),
     },
-    openapi_extra={"parameters": [PREFER]},
+    openapi_extra={"parameters": [PREFER, ACCEPT, IDEMPOTENCY_KEY]},
 )
 async def generate(
     asked: Annotated[GenerationRequest, Body(openapi_examples=EXAMPLES)],
@@ -101,14 +145,24 @@ async def generate(
     response: Response,
     parts: TheParts,
     caller: TheCaller,
-) -> Generation:
+) -> Any:
     """Queue a generation. Answers 202 at once, or with `Prefer: wait=N` 200 once it has ended."""
-
-    generation = await run_in_threadpool(submit, asked, parts, caller)
+    once = _once(asked, request)
+    media_type = _media_type(asked, request)
+    if image_format := accept.IMAGES.get(media_type):
+        asked = asked.model_copy(update={"image_format": image_format})
+    generation = await run_in_threadpool(submit, asked, parts, caller, once)
+    if media_type == accept.EVENT_STREAM:
+        cancels = prefers_cancel(request.headers.getlist("prefer"))
+        answer = await watch(parts.waiting, generation, caller.tenant, cancels=cancels)
+        answer.headers["Location"] = f"/generations/{generation.id}"
+        return answer
     response.headers["Location"] = f"/generations/{generation.id}"
     generation = await _hold(generation, request, response, parts, caller)
     response.status_code = 200 if generation.status.is_terminal else 202
-    return _linked(generation)
+    if image_format and generation.status.is_terminal:
+        return await run_in_threadpool(_only_image, generation, response, parts)
+    return linked(generation)
 
 
 @router.get(
@@ -122,7 +176,25 @@ async def look(
 ) -> Generation:
     """The generation as it stands; with `Prefer: wait=N` once it has ended."""
     generation = await run_in_threadpool(parts.jobs.fetch, id, caller.tenant)
-    return _linked(await _hold(generation, request, response, parts, caller))
+    return linked(await _hold(generation, request, response, parts, caller))
+
+
+@router.get(
+    "/generations/{id}/events",
+    summary="Watch a generation",
+    response_class=Response,
+    responses={
+        200: EVENTS,
+        204: {"description": "All was seen: `Last-Event-ID` is the end's"},
+        **documented(errors.NotFound, errors.InvalidRequest, errors.QueueUnavailable),
+    },
+    openapi_extra={"parameters": [LAST_EVENT_ID]},
+)
+async def watching(id: Id, request: Request, parts: TheParts, caller: TheCaller) -> Response:
+    """Server-Sent Events from a snapshot to the end; an `EventSource` reconnects by itself."""
+    generation = await run_in_threadpool(parts.jobs.fetch, id, caller.tenant)
+    seen = request.headers.get("last-event-id")
+    return await watch(parts.waiting, generation, caller.tenant, seen)
 
 
 @router.post(
@@ -132,7 +204,7 @@ async def look(
 )
 def cancel(id: Id, parts: TheParts, caller: TheCaller) -> Generation:
     """A queued one is cancelled at once, a running one within a step; one that has ended stays."""
-    return _linked(parts.jobs.cancel(id, caller.tenant))
+    return linked(parts.jobs.cancel(id, caller.tenant))
 
 
 IMAGE_ERRORS = documented(
@@ -157,15 +229,12 @@ IMAGE_ERRORS = documented(
 def image(id: Id, index: Index, request: Request, parts: TheParts, caller: TheCaller) -> Response:
     """The bytes of an image. A blocked image is a 404 that says what blocked it."""
     generation, image = _image(id, index, parts, caller)
-    if blocked := image.blocked:
-        raise errors.ImageBlocked(
-            f"image {index} is blocked: {blocked.check} flagged {blocked.category}"
-        )
     headers = {"ETag": f'"{image.sha256}"', "Cache-Control": "private, max-age=86400, immutable"}
-    if headers["ETag"] in request.headers.get("if-none-match", ""):
+    if not image.blocked and headers["ETag"] in request.headers.get("if-none-match", ""):
         return Response(status_code=304, headers=headers)
-    content = parts.store.get(f"{generation.id}/{index}.{generation.request.image_format}")
-    return Response(content, headers=headers, media_type=image.media_type)
+    return Response(
+        _content(generation, image, parts), headers=headers, media_type=image.media_type
+    )
 
 
 @router.get(
@@ -201,17 +270,95 @@ def models(parts: TheParts, caller: TheCaller) -> list[LoadedModel]:
 async def _hold(
     generation: Generation, request: Request, response: Response, parts: Parts, caller: Caller
 ) -> Generation:
-    wait_s = preferred_wait(request.headers.getlist("prefer"))
+    prefer = request.headers.getlist("prefer")
+    wait_s = preferred_wait(prefer)
     if wait_s is None:
         return generation
     response.headers["Preference-Applied"] = f"wait={wait_s}"
-    return await parts.waiting.until_final(generation, caller.tenant, wait_s)
+    end = asyncio.ensure_future(parts.waiting.until_final(generation, caller.tenant, wait_s))
+    if request.method != "POST" or not prefers_cancel(prefer):
+        return await end
+    response.headers["Preference-Applied"] += f", {CANCEL}"
+    gone = asyncio.ensure_future(request.receive())  # the body is read: what follows is the end
+    try:
+        await asyncio.wait((end, gone), return_when=asyncio.FIRST_COMPLETED)
+        if end.done():
+            return end.result()
+        return await run_in_threadpool(parts.jobs.cancel, generation.id, caller.tenant)
+    finally:
+        end.cancel()
+        gone.cancel()
 
 
-def submit(asked: GenerationRequest, parts: Parts, caller: Caller) -> Generation:
+def _media_type(asked: GenerationRequest, request: Request) -> str:
+    """The form of the answer, by the Accept header; NotAcceptable when it cannot be had."""
+    offered = [accept.JSON, accept.EVENT_STREAM]
+    if asked.n == 1 and preferred_wait(request.headers.getlist("prefer")) is not None:
+        is_open = "image_format" not in asked.model_fields_set
+        offered += [
+            media_type
+            for media_type, image_format in accept.IMAGES.items()
+            if is_open or image_format == asked.image_format
+        ]
+    accepted = request.headers.getlist("accept")
+    if chosen := accept.preferred(accepted, offered):
+        return chosen
+    raise errors.NotAcceptable(
+        f"Accept is {', '.join(accepted)[:200]!r}, and this request can be answered by "
+        f"{', '.join(offered)}: an image needs `Prefer: wait=N`, n of 1 (here {asked.n}), and an "
+        "image_format that is the same or left out"
+    )
+
+
+def _once(asked: GenerationRequest, request: Request) -> Once | None:
+    key = request.headers.get("idempotency-key")
+    if key is None:
+        return None
+    if not 1 <= len(key) <= 255:
+        raise errors.MalformedHeader(
+            f"the Idempotency-Key has {len(key)} characters: it should have 1 to 255"
+        )
+    body = json.dumps(asked.model_dump(mode="json"), sort_keys=True)
+    return Once(key, hashlib.sha256(body.encode()).hexdigest())
+
+
+def _only_image(generation: Generation, held: Response, parts: Parts) -> Response:
+    """The bytes of a generation's one image, or the problem that there is instead."""
+    if generation.status is not Status.SUCCEEDED:
+        cancelled = errors.GenerationCancelled(f"generation {generation.id} was cancelled").problem
+        raise errors.from_problem(generation.error or cancelled, errors.JobError)
+    image = generation.images[0]
+    headers = {
+        **held.headers,
+        "Link": f'</generations/{generation.id}>; rel="describedby"',
+        "Safelatent-Id": generation.id,
+        "Safelatent-Status": generation.status,
+        "Safelatent-Seed": str(image.seed),
+        "Safelatent-Safety-Level": generation.request.safety.level,
+        "Safelatent-Safety-Applied": json.dumps(image.safety.applied),
+        "Cache-Control": "no-store",
+    }
+    return Response(
+        _content(generation, image, parts), headers=headers, media_type=image.media_type
+    )
+
+
+def _content(generation: Generation, image: Image, parts: Parts) -> bytes:
+    if blocked := image.blocked:
+        raise errors.ImageBlocked(
+            f"image {image.index} is blocked: {blocked.check} flagged {blocked.category} "
+            f"(generation {generation.id})"
+        )
+    key = f"{generation.id}/{image.index}.{generation.request.image_format}"
+    return parts.store.get(key)
+
+
+def submit(
+    asked: GenerationRequest, parts: Parts, caller: Caller, once: Once | None = None
+) -> Generation:
     """Queue what a caller asks for, as its policy allows it."""
     request, policy = caller.tighten(_complete(asked, parts))
-    return parts.jobs.submit(request, caller.tenant, policy)
+    return parts.jobs.submit(request, caller.tenant, policy, once)
 
 
 def _complete(asked: GenerationRequest, parts: Parts) -> GenerationRequest:
@@ -253,9 +400,3 @@ def _image(id: str, index: int, parts: Parts, caller: Caller) -> tuple[Generatio
         last = len(generation.images) - 1
         raise errors.NotFound(f"there is no image {index}: the indices are 0 to {last}")
     return generation, generation.images[index]
-
-
-def _linked(generation: Generation) -> Generation:
-    here = f"/generations/{generation.id}"
-    generation.links = {"self": here, "cancel": f"{here}/cancel"}
-    return generation

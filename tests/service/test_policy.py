@@ -18,17 +18,19 @@ from service.policy import Tenant, UnusablePolicy, load, tighten
 from service.settings import Settings
 from tests.service.played import CARD, serving
 
-ALICE, BOB, OLD = "slk_alice", "slk_bob", "slk_old"
+ALICE, BOB, OLD, PAST = "slk_alice", "slk_bob", "slk_old", "slk_past"
 
 
 def policy_text() -> str:
-    alice, bob, old = (hashlib.sha256(key.encode()).hexdigest() for key in (ALICE, BOB, OLD))
+    keys = (ALICE, BOB, OLD, PAST)
+    alice, bob, old, past = (hashlib.sha256(key.encode()).hexdigest() for key in keys)
     return f"""
         name = "test"
         [tenants.alice]
         keys = [
             {{ id = "alice", sha256 = "{alice}" }},
             {{ id = "gone", sha256 = "{old}", revoked = true }},
+            {{ id = "past", sha256 = "{past}", expires = 2020-01-01 }},
         ]
         [tenants.bob]
         keys = [{{ id = "bobby", sha256 = "{bob}" }}]
@@ -56,6 +58,8 @@ def custom(**changed: float) -> dict[str, Any]:
         (custom(warmup_steps=8), "safety.level"),
         (custom(guidance_scale=1999), "safety.level"),
         (custom(threshold=0.02), "safety.level"),
+        (custom(momentum_scale=0.4), "safety.level"),
+        (custom(mom_beta=0.6), "safety.level"),
         ({"level": "max", "concepts": ["smoke"]}, "safety.concepts"),
         ({"level": "max", "concepts": [CONCEPT, "smoke"]}, "safety.concepts"),
         ({"level": "max", "checks": "report"}, "safety.checks"),
@@ -94,6 +98,8 @@ def test_a_lifted_request_that_could_not_act_is_refused() -> None:
         ({"priorities": ["low"]}, {"priority": "high"}, "priority"),
         ({"models": ["other"]}, {}, "model"),
         ({"ceiling": "medium"}, {"safety": {"level": "max"}}, "safety.level"),
+        ({"ceiling": "medium"}, {"safety": custom()}, "safety.level"),
+        ({"ceiling": "off"}, {"safety": custom(guidance_scale=2)}, "safety.level"),
     ],
 )
 def test_what_exceeds_a_tenants_rights_is_refused_by_name(
@@ -129,7 +135,7 @@ def test_a_key_opens_its_own_tenant_and_no_other(
         assert call("GET", own, ALICE).status_code == 200
         assert call("GET", own, BOB).status_code == 404
         assert call("POST", f"{own}/cancel", BOB).status_code == 404
-        for key in (None, "slk_unknown", OLD):
+        for key in (None, "slk_unknown", OLD, PAST, "x" * 10_000):
             refused = call("GET", own, key)
             assert refused.status_code == 401
             assert refused.headers["WWW-Authenticate"] == "Bearer"
@@ -155,6 +161,8 @@ def test_a_changed_file_is_in_force_at_once_and_a_broken_one_changes_nothing(
         ("a = \nb = 1", "line 1"),
         ("[tenants.a]\nfloor = 'medum'", "tenants.a.floor"),
         ("[tenants.a]\nflor = 'max'", "tenants.a.flor"),
+        ("[tenants.a]\nconcepts = []", "tenants.a.concepts"),
+        ("[tenants.a]\nfloor = 'max'\nceiling = 'weak'", "above the ceiling"),
     ],
 )
 def test_a_bad_file_is_refused_with_its_line_or_field(tmp_path: Path, text: str, said: str) -> None:
@@ -162,6 +170,20 @@ def test_a_bad_file_is_refused_with_its_line_or_field(tmp_path: Path, text: str,
     path.write_text(text)
     with pytest.raises(UnusablePolicy, match=said):
         load(path)
+
+
+def test_a_key_in_the_place_of_its_hash_is_not_shown(tmp_path: Path) -> None:
+    path = tmp_path / "policy.toml"
+    path.write_text('[tenants.a]\nkeys = [{ id = "abcd", sha256 = "slk_canary" }]')
+    with pytest.raises(UnusablePolicy, match="tenants.a.keys.0.sha256") as refused:
+        load(path)
+    assert "canary" not in str(refused.value)
+
+
+def test_a_size_given_by_half_is_limited_before_a_worker_has_told_the_other() -> None:
+    request = GenerationRequest(prompt="a cat", model="tiny", width=2048)
+    with pytest.raises(errors.Forbidden, match="width x height"):
+        tighten(request, Tenant(max_pixels=512 * 512), "test", "0" * 64)
 
 
 def test_an_open_service_stays_on_loopback() -> None:
