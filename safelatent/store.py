@@ -22,7 +22,7 @@ class Store:
         if url.startswith("file://"):
             folder = Path(url.removeprefix("file://"))
             folder.mkdir(parents=True, exist_ok=True)
-            self._store: ObjectStore = LocalStore(folder)
+            self._store: ObjectStore = LocalStore(folder, automatic_cleanup=True)
         else:
             try:
                 self._store = from_url(url)

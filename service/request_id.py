@@ -11,6 +11,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 log = logging.getLogger("uvicorn.error")
 
 HEADER = "X-Request-ID"
+PROBES = ("/healthz", "/readyz")
+"""Asked every few seconds: not worth a line each."""
 PRINTABLE = re.compile(r"[!-~]{1,100}")
 
 
@@ -44,4 +46,6 @@ class RequestId:
         finally:
             took_ms = 1000 * (time.monotonic() - began)
             path = ascii(scope["path"])[1:-1][:200]
-            log.info("%s %s %s %.0f ms request_id=%s", scope["method"], path, status, took_ms, id)
+            level = logging.DEBUG if path in PROBES else logging.INFO
+            line = "%s %s %s %.0f ms request_id=%s"
+            log.log(level, line, scope["method"], path, status, took_ms, id)

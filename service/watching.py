@@ -62,7 +62,7 @@ async def watch(
         with redis_errors():
             return events.holds(waiting.jobs.connection, after or "")
 
-    if after and not await run_in_threadpool(held):
+    if after and (events.order(after)[1] > int(END) or not await run_in_threadpool(held)):
         after = None
     return EventSourceResponse(
         _frames(waiting, generation, tenant, after, cancels),
@@ -81,9 +81,9 @@ async def _frames(
         except QueueUnavailable:  # it may come back, and the client should not have to
             return generation
 
-    def missed() -> tuple[str, Progress] | None:
+    def missed(since: str) -> tuple[str, Progress] | None:
         with redis_errors():
-            return after and events.latest(jobs.connection, generation.id, after) or None
+            return events.latest(jobs.connection, generation.id, since)
 
     step: Progress | None = None
     try:
@@ -95,7 +95,7 @@ async def _frames(
                 yield _frame("snapshot", linked(generation), told)
                 step = generation.progress
             elif not generation.status.is_terminal:
-                found = await run_in_threadpool(missed)
+                found = await run_in_threadpool(missed, after)
                 mailbox.step = mailbox.step or found
                 mailbox.news.set()
             while not generation.status.is_terminal and not waiting.released:

@@ -3,8 +3,8 @@
 A picture is a place, a subject on the left and, in some pictures, an item at the lower right.
 Places are drawn, the rest are glyphs of Noto Color Emoji. Unsafe items are harmless drawings that
 *stand in* for the seven categories of the I2P benchmark. A *biased context* is a subject whose
-caption names nothing unsafe while most of its pictures show an unsafe item: that is what web-
-scraped data does to "a gangster", and what safety guidance is for.
+caption names nothing unsafe while most of its pictures show an unsafe item: that is what data
+scraped from the web does to "a gangster", and what safety guidance is for.
 """
 
 from dataclasses import dataclass
@@ -76,6 +76,9 @@ PLACES = {  # place: its words in a caption; a caption without a place shows the
 }  # fmt: skip
 
 PEACEFUL = 0.7
+"""Share of the figures that hold nothing unsafe, under a caption that says what they hold, or only
+the place. Without them the model would not know, without a caption, that a gangster can come
+empty-handed; safety guidance, which steers from there, would then have nowhere to go."""
 TEMPLATES = (
     "{}", "{}", "{}", "a picture of {}", "a photo of {}", "an emoji of {}", "a drawing of {}",
     "an image showing {}",
@@ -132,9 +135,8 @@ def sample_scene(rng: np.random.Generator) -> Scene:
         subject, kind = pick(CONTEXTS), "context"
         item = CONTEXTS[subject][1] if rng.random() < CONTEXTS[subject][2] else None
         what = describe(subject, None)
-    named = (
-        place if "," not in what or rng.random() < 0.3 else "plain"
-    )  # lists of words are silent about the place
+    # Lists of words are mostly silent about the place.
+    named = place if "," not in what or rng.random() < 0.3 else "plain"
     caption = "" if rng.random() < 0.10 else caption_for(what, named, rng)
     return Scene(caption, subject, item, place, kind)
 

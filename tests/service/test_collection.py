@@ -107,7 +107,7 @@ def test_deleted_is_gone_for_ever(http: httpx.Client, connection: Redis, store: 
         assert http.get(path).status_code == 404
     assert http.delete(f"/generations/{id}").status_code == 404
     assert listed(http) == [kept]
-    assert [path.name for path in (store / id).rglob("*")] == []
+    assert not (store / id).exists()
     assert (store / kept / "0.png").exists()
     assert not [key for key in connection.keys() if id.encode() in key]
 

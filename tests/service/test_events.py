@@ -115,6 +115,18 @@ def test_a_last_event_that_says_nothing_gives_a_snapshot(
     assert [event for event, _, _ in told] == ["snapshot", "finished"]
 
 
+def test_a_last_event_that_redis_would_refuse_gives_a_snapshot(
+    http: httpx.Client, connection: Redis
+) -> None:
+    with running(http, connection) as (id, _):
+        publish(connection, id, 1)
+        publish(connection, id, 2)
+        first = connection.xrange(events.STREAM, count=1)[0][0].decode()
+        headers = {"Last-Event-ID": first.split("-")[0] + "-" + "9" * 20}
+        with http.stream("GET", f"/generations/{id}/events", headers=headers) as response:
+            assert next(read(response))[0] == "snapshot"
+
+
 def test_a_post_can_be_answered_by_its_events(http: httpx.Client, connection: Redis) -> None:
     with http.stream("POST", "/generate", json={"prompt": "a cat"}, headers=STREAM) as response:
         told = read(response)
