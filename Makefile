@@ -40,8 +40,9 @@ evaluate-embedded: $(INSTALLED) ## what safety does to the embedded model, by a 
 model: $(INSTALLED) ## train models/emoji_scenes from nothing (hours; goes on where it was stopped)
 	$(BIN)/python -m training $(ARGS)
 
-clean: ## remove the environment, the local state and every cache
-	rm -rf $(VENV) .safelatent dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+clean: ## remove the environment, the local state and every cache, but no training
+	@find .safelatent -mindepth 1 -maxdepth 1 ! -name training -exec rm -rf {} + 2>/dev/null || true
+	rm -rf $(VENV) dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The environment follows pyproject.toml and constraints.txt, and nothing else re-installs it.
