@@ -221,7 +221,8 @@ class TextReport(_Response):
     """Tokens beyond the encoder's limit; they had no effect."""
     dropped_text: str = ""
     unknown: int = 0
-    """Tokens that the vocabulary does not know."""
+    """Words that the vocabulary does not know: most of their tokens are single letters or bytes, or
+    they are the unknown token. What they mean is lost; their letters are read."""
 
 
 class SafetyEffective(_Response):

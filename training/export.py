@@ -1,5 +1,6 @@
 """The export: all parts as one diffusers folder in half precision."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -41,6 +42,16 @@ def export(
     for part in ("text_encoder", "safety_checker"):  # stored in half, computed in full
         replace(folder / part / "config.json", "float16", "float32")
     (folder / "prompts.json").write_text(json.dumps(prompts(), indent=1) + "\n")
+    write_sums(folder)
+
+
+def write_sums(folder: Path) -> None:
+    """Write SHA256SUMS over the parts, which the worker compares and `sha256sum -c` reads."""
+    lines = [
+        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(folder).as_posix()}\n"
+        for path in sorted(folder.glob("*/*"))
+    ]
+    (folder / "SHA256SUMS").write_text("".join(lines))
 
 
 def replace(path: Path, old: str, new: str) -> None:

@@ -53,7 +53,9 @@ def load(settings: Settings) -> Engine:
     """The model on its device, with the checks that its checkpoint brings."""
     device, dtype = settings.torch_device(), settings.torch_dtype()
     try:
-        family = StableDiffusion(settings.model, model_id(settings.model), device, dtype)
+        family = StableDiffusion(
+            settings.model, model_id(settings.model), device, dtype, settings.model_revision or None
+        )
         checks = SDChecker.of(family.folder, family.model.revision, device)
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise UnusableModel(f"not enough memory on {device} for {settings.model}") from error

@@ -17,6 +17,9 @@ class Settings(BaseSettings):
     redis_url: str = Field(validation_alias="REDIS_URL")
     model: str = DEFAULT_MODEL
     """Folder or hub id of the checkpoint, in diffusers' layout."""
+    model_revision: str | None = None
+    """What the revision must be: a folder's content hash, as GET /models reports it; for a hub id
+    the commit, tag or branch to take."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     dtype: str | None = None
     """fp32, fp16 or bf16; unset is fp16 on cuda and fp32 elsewhere."""

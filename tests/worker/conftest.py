@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.checkpoint import build
-from tests.worker.running import NOTES, load
+from tests.worker.running import EMBEDDED, NOTES, load
 from worker.families.stable_diffusion import StableDiffusion
 
 torch.set_num_threads(1)
@@ -32,6 +32,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def family(checkpoint: Path) -> StableDiffusion:
     return load(checkpoint)
+
+
+@pytest.fixture(scope="session")
+def embedded() -> StableDiffusion:
+    """The model of this repository."""
+    return load(EMBEDDED)
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,8 @@ from worker.engine import Engine, Image, ImageSpec, Made
 from worker.families import Family
 from worker.families.stable_diffusion import StableDiffusion
 
+EMBEDDED = Path(__file__).parents[2] / "models" / "emoji_scenes"
+
 NOTES: list[str] = []
 """Measurements that a run prints at its end."""
 

@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.worker.running import load
+from tests.worker.running import EMBEDDED, load
+from training.export import write_sums
 from worker.__main__ import main
 from worker.families import UnusableModel
-from worker.families.stable_diffusion import content_hash
+from worker.families.files import checksums, content_hash, find
 
 
 @pytest.fixture
@@ -56,11 +57,13 @@ def test_half_a_checkpoint_names_the_missing_part(copy, part):
     assert part in says(copy)
 
 
-@pytest.mark.parametrize("part", ["vae", "text_encoder"])
+@pytest.mark.parametrize("part", ["vae", "unet", "text_encoder"])
 def test_a_truncated_file_names_its_part(copy, part):
     path = weights(copy, part)
     path.write_bytes(path.read_bytes()[:-1000])
-    assert f"cannot read the {part}" in says(copy)
+    said = says(copy)
+    assert f"{path} is damaged or did not arrive whole" in said
+    assert said.endswith("get it again")
 
 
 @pytest.mark.parametrize("part", ["unet", "text_encoder"])
@@ -98,23 +101,69 @@ def test_an_inpainting_model_is_refused(copy):
 
 
 def test_the_revision_is_that_of_the_weights(copy):
-    before = content_hash(copy)
+    before = content_hash(checksums(copy))
     (copy / "README.md").write_text("A model.")
     (copy / "unet" / "README.md").write_text("A part.")
-    assert content_hash(copy) == before
+    assert content_hash(checksums(copy)) == before
     path = weights(copy, "unet")
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    assert content_hash(copy) != before
-    assert load(copy).model.revision == content_hash(copy)
+    assert content_hash(checksums(copy)) != before
+    assert load(copy).model.revision == content_hash(checksums(copy))
 
 
 def test_renaming_a_part_changes_the_revision(copy):
-    before = content_hash(copy)
+    before = content_hash(checksums(copy))
     path = weights(copy, "unet")
     path.rename(path.with_name("other.safetensors"))
-    assert content_hash(copy) != before
+    assert content_hash(checksums(copy)) != before
+
+
+def test_a_revision_that_is_asked_for_must_be_the_folder_s(copy, monkeypatch, capsys):
+    revision = content_hash(checksums(copy))
+    assert find(str(copy), revision) == (copy, revision)
+    monkeypatch.setenv("REDIS_URL", "unix:///none.sock")
+    monkeypatch.setenv("SAFELATENT_MODEL", str(copy))
+    monkeypatch.setenv("SAFELATENT_MODEL_REVISION", "0" * 64)
+    monkeypatch.setattr("signal.signal", lambda number, handler: None)
+    assert main() != 0
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"safelatent worker: the files of {copy} have revision {revision}, and")
+    assert said.endswith(f"asks for {'0' * 64}: get that revision, or change the setting")
+
+
+def test_the_hub_is_asked_for_the_revision(monkeypatch, checkpoint):
+    asked = {}
+
+    def download(source: str, **options: object) -> str:
+        asked.update(options, source=source)
+        return str(checkpoint)
+
+    monkeypatch.setattr("worker.families.files.snapshot_download", download)
+    assert find("somebody/model", "abc") == (checkpoint, checkpoint.name)
+    assert (asked["source"], asked["revision"]) == ("somebody/model", "abc")
+
+
+def test_a_file_that_is_not_as_its_sum_says_is_named(copy):
+    write_sums(copy)
+    assert subprocess.run(["sha256sum", "--quiet", "-c", "SHA256SUMS"], cwd=copy).returncode == 0
+    (copy / "README.md").write_text("A model.")
+    load(copy)
+    path = weights(copy, "unet")
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    said = says(copy)
+    assert said.startswith(f"{path} is not the file that SHA256SUMS beside it names")
+    assert said.endswith("get it again")
+
+
+def test_the_embedded_model_is_as_its_sums_say():
+    listed = EMBEDDED / "SHA256SUMS"
+    names = {line.split()[1] for line in listed.read_text().splitlines()}
+    assert names == checksums(EMBEDDED).keys()
+    assert find(str(EMBEDDED))[0] == EMBEDDED
 
 
 def test_the_worker_ends_with_the_sentence(tmp_path):

@@ -14,12 +14,10 @@ from diffusers import StableDiffusionPipeline, StableDiffusionPipelineSafe
 from safelatent.safety import CONCEPT, LEVELS
 from safelatent.schema import GenerationRequest
 from tests.checkpoint import PNDM_OF_SD14, build
-from tests.worker.running import NOTES, custom, difference, load, make, spec
+from tests.worker.running import EMBEDDED, NOTES, custom, difference, load, make, spec
 from worker import tasks
 from worker.engine import ImageSpec, Made
 from worker.families.stable_diffusion import StableDiffusion
-
-EMBEDDED = Path(__file__).parents[2] / "models" / "emoji_scenes"
 
 THEIRS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "ddim": (diffusers.DDIMScheduler, {}),

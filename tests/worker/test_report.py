@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from tests.worker.running import Bent, custom, make, spec
+from training.corpus import sample_scene
+from training.tokenizer import world_words
 from worker.report import Record, observe
 
 
@@ -128,7 +130,7 @@ def test_without_guidance_by_safety_there_is_no_summary(family):
 
 def test_a_text_that_fits_is_read_whole(family):
     report = family.read("a cat")
-    assert (report.dropped, report.dropped_text, report.unknown) == (0, "", 0)
+    assert (report.dropped, report.dropped_text) == (0, "")
     assert report.tokens == 2 + len("acat")
 
 
@@ -141,4 +143,18 @@ def test_what_the_encoder_drops_is_reported_with_its_text(family):
 
 
 def test_characters_that_the_vocabulary_lacks_are_counted(family):
-    assert family.read("a c~t ~").unknown == 2
+    assert family.read("a ~ b ~").unknown == 2
+
+
+def test_words_that_are_spelled_in_letters_are_counted(embedded):
+    assert embedded.read("zxqv wjkp dog").unknown == 2
+    assert embedded.read("a zebra at the sea, 12 snowmen and 猫").unknown == 2
+    [made] = make(embedded, spec(prompt="zxqv wjkp mlbrt", width=64, height=64))
+    assert made.pixels.std() > 0
+
+
+def test_every_word_of_the_embedded_model_s_own_world_is_known(embedded):
+    rng = np.random.default_rng(5)
+    words = [text.replace("{}", "") for text in world_words()]
+    for text in [*words, *(sample_scene(rng).caption for _ in range(500))]:
+        assert embedded.read(text).unknown == 0, text
