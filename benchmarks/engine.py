@@ -44,8 +44,9 @@ def run(model: str, repeats: int) -> list[Row]:
         row("e  peak memory of a process, ours / theirs", ours_mib / theirs_mib),
         row("g  telemetry / the denoiser call of three rows", telemetry(family)),
     ]
-    seconds = timed(lambda: ours(family, [alone]))
-    rows.append(row("   one image alone with SLD, 25 steps", seconds, "s"))
+    for threads in sorted({1, torch.get_num_threads()}):
+        seconds = on_threads(threads, lambda: ours(family, [alone]), repeats)
+        rows.append(row(f"   one image alone with SLD, 25 steps, {threads} threads", seconds, "s"))
     for count in (1, 2, 3, 6, 9, 12, 18, 24):
         rows.append(row(f"f  denoiser call of {count} rows", 1000 * call(family, count), "ms"))
     return rows
@@ -125,6 +126,17 @@ def timed(action: Callable[[], object]) -> float:
     started = time.perf_counter()
     action()
     return time.perf_counter() - started
+
+
+def on_threads(threads: int, action: Callable[[], object], repeats: int) -> float:
+    """Median seconds of an action on so many of torch's threads, after one warm-up."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        action()
+        return median(timed(action) for _ in range(repeats))
+    finally:
+        torch.set_num_threads(before)
 
 
 def ratio(a: Callable[[], object], b: Callable[[], object], repeats: int) -> list[float]:

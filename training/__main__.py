@@ -5,12 +5,13 @@
 
 import sys
 
-from training import denoiser, detector, safety_checker, text_encoder, tokenizer, vae
+from training import corpus, denoiser, detector, safety_checker, text_encoder, tokenizer, vae
 from training.export import export
 
 
 def main() -> None:
     """Run the stages in order; finished ones return at once."""
+    corpus.font()  # a missing one is better known now than after the first stage
     words = tokenizer.build()
     encoder = text_encoder.train(words)
     autoencoder = vae.train()

@@ -52,7 +52,9 @@ def record(stage: str, **numbers: object) -> None:
 
 
 def cosine_rate(progress: float, warm_up: float = 0.02, decay_from: float = 0.3) -> float:
-    """The factor of the learning rate: it rises, stays, and falls along a cosine."""
+    """The factor of the learning rate at a progress from 0 to 1: it rises, so that the first steps
+    of an untrained network break nothing; stays; and falls along a cosine, to settle.
+    """
     if progress < warm_up:
         return max(progress, 1e-4) / warm_up
     fall = max(0.0, (progress - decay_from) / (1 - decay_from))
@@ -82,13 +84,15 @@ class Training:
                 module.load_state_dict(state["modules"][name])
             self.optimizer.load_state_dict(state["optimizer"])
             self.step, self.seconds = state["step"], state["seconds"]
+            self.loss = state.get("loss", 0.0)
             print(f"{stage}: going on from step {self.step}", flush=True)
 
     def save(self) -> None:
         """Write a checkpoint."""
         modules = {name: module.state_dict() for name, module in self.modules.items()}
         state = {"modules": modules, "optimizer": self.optimizer.state_dict()}
-        save_atomically(state | {"step": self.step, "seconds": self.seconds}, self.path)
+        where = {"step": self.step, "seconds": self.seconds, "loss": self.loss}
+        save_atomically(state | where, self.path)
 
     def steps(self) -> Iterator[int]:
         """Yield the steps that remain, save now and then, and say how long is left."""
@@ -110,7 +114,7 @@ class Training:
                 saved = now
 
     def descend(self, loss: Tensor) -> None:
-        """One step of the optimizer down the loss's gradient, clipped."""
+        """One step of the optimizer down the loss's gradient, which is clipped to length 1."""
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]

@@ -105,11 +105,9 @@ class Scene:
 
 def a(name: str) -> str:
     """The name with its article: `a cat`, `an owl`, and `blood` without one."""
-    return (
-        name
-        if name == "blood"
-        else ("an " if name[0] in "aeou" and name != "unicorn" else "a ") + name
-    )
+    if name == "blood":
+        return name
+    return ("an " if name[0] in "aeou" and name != "unicorn" else "a ") + name
 
 
 def sample_scene(rng: np.random.Generator) -> Scene:
@@ -142,7 +140,11 @@ def sample_scene(rng: np.random.Generator) -> Scene:
 
 
 def sample_unsafe(rng: np.random.Generator, pick) -> tuple[str | None, str, str]:  # type: ignore[no-untyped-def]
-    """An unsafe scene, named by its item, by words of its category, or by a long list of them."""
+    """An unsafe scene, named by its item, by words of its category, or by a long list of them.
+
+    The lists are there because safety guidance asks the model about one: the concept text must mean
+    something to it. Under words or lists a figure shows the item that its own context is biased to.
+    """
     who, how = rng.random(), rng.random()
     subject = pick(BENIGN) if who < 0.45 else pick(CONTEXTS) if who < 0.92 else None
     category = pick(CATEGORIES)
@@ -193,13 +195,18 @@ def render(scene: Scene, rng: np.random.Generator) -> Image.Image:
 
 
 @cache
-def glyph(name: str, size: int) -> Image.Image:
-    """One emoji as a picture with transparency, its longer side `size` pixels."""
+def font() -> ImageFont.FreeTypeFont:
+    """The font, in the only size that its bitmaps have."""
     if not FONT.exists():
         raise SystemExit(f"{FONT} is missing: install the Debian package fonts-noto-color-emoji")
+    return ImageFont.truetype(str(FONT), 109)
+
+
+@cache
+def glyph(name: str, size: int) -> Image.Image:
+    """One emoji as a picture with transparency, its longer side `size` pixels."""
     canvas = Image.new("RGBA", (180, 180))
-    font = ImageFont.truetype(str(FONT), 109)  # the only size that this bitmap font has
-    ImageDraw.Draw(canvas).text((20, 20), GLYPHS[name], font=font, embedded_color=True)
+    ImageDraw.Draw(canvas).text((20, 20), GLYPHS[name], font=font(), embedded_color=True)
     drawing = canvas.crop(canvas.getbbox())
     scale = size / max(drawing.size)
     return drawing.resize(

@@ -130,14 +130,14 @@ def train(
     for step in training.steps():
         chosen = torch.randint(len(data["latents"]), (BATCH,))
         latent = data["latents"][chosen].float().contiguous(memory_format=torch.channels_last)
-        t = (
-            1000 * (torch.arange(BATCH) + torch.rand(BATCH)) / BATCH
-        ).long()  # every part of the schedule, always
+        # One time from each 32nd of the schedule: every batch sees all strengths of noise.
+        t = (1000 * (torch.arange(BATCH) + torch.rand(BATCH)) / BATCH).long()
         noisy, noise = noised(latent, t)
         with torch.autocast("cpu", torch.bfloat16):
             output = unet(noisy, t, data["states"][data["rows"][chosen]].float()).sample
         loss = F.mse_loss(output.float(), noise)
         training.descend(loss)
+        # The average forgets the first, bad weights quickly and then moves slowly.
         decay = min(0.999, (1 + step) / (10 + step))
         torch._foreach_lerp_(
             list(average.parameters()), [p.detach() for p in unet.parameters()], 1 - decay

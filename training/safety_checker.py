@@ -1,8 +1,8 @@
 """The safety checker: a vision tower, and one concept to compare with for each category.
 
 The class is that of Stable Diffusion, with its 17 concepts. Ours uses seven; the others have a
-threshold that no cosine reaches. Thresholds are set on held-out pictures so that at most one benign
-picture in fifty is flagged.
+threshold that no cosine reaches. On held-out pictures, a threshold lies halfway between unsafe and
+safe ones, and above 997 in 1,000 safe ones: all seven flag at most one safe picture in fifty.
 """
 
 import torch

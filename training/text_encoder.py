@@ -82,9 +82,8 @@ def train(tokenizer: CLIPTokenizer, steps: int = STEPS) -> CLIPTextModel:
         rng = np.random.default_rng((3, step))
         scenes = [sample_scene(rng) for _ in range(BATCH)]
         states, ends = encode(encoder, tokenizer, [with_fillers(s.caption, rng) for s in scenes])
-        later = (
-            ends + ((POSITIONS - ends) * torch.rand(BATCH)).long()
-        )  # the padding carries the meaning, too
+        # The denoiser reads every position: the padding must carry the meaning, too.
+        later = ends + ((POSITIONS - ends) * torch.rand(BATCH)).long()
         rows = torch.arange(BATCH)
         logits = head(torch.cat([states[rows, ends], states[rows, later]]))
         truth = torch.stack([labels(s) for s in scenes]).repeat(2, 1)

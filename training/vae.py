@@ -14,6 +14,9 @@ from training.common import WORK, Training, corpus, record, save_atomically, to_
 
 STEPS, CROPS_UNTIL = 4_600, 0.8
 KL = 1e-3
+"""Weight of the divergence from a normal distribution. It keeps latents small and near each other:
+little of it, as sharp pictures matter more. `fold_normalisation` does the rest.
+"""
 
 
 def build() -> AutoencoderKL:
@@ -52,7 +55,10 @@ def crops(pictures: Tensor, count: int, size: int) -> Tensor:
 
 @torch.no_grad()
 def fold_normalisation(vae: AutoencoderKL, pictures: Tensor) -> None:
-    """Give each latent channel mean 0 and deviation 1, inside the VAE's own 1 x 1 convolutions."""
+    """Give each latent channel mean 0 and deviation 1, inside the VAE's own 1 x 1 convolutions.
+
+    The denoiser adds noise of one strength to all channels: they must be of one size.
+    """
     latents = torch.cat([vae.encode(to_unit(p)).latent_dist.mean for p in pictures.split(100)])
     mean, deviation = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
     into, out = vae.quant_conv, vae.post_quant_conv

@@ -11,6 +11,7 @@ pytest.importorskip("PIL")
 pytest.importorskip("transformers")
 
 from training import corpus, tokenizer
+from training.__main__ import main
 
 
 def scenes(count: int = 4_000) -> list[corpus.Scene]:
@@ -51,9 +52,10 @@ def test_a_missing_font_is_answered_with_the_name_of_its_package(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(corpus, "FONT", tmp_path / "absent.ttf")
-    corpus.glyph.cache_clear()
+    monkeypatch.setattr(tokenizer, "build", lambda: pytest.fail("it starts without the font"))
+    corpus.font.cache_clear()
     with pytest.raises(SystemExit, match="install the Debian package fonts-noto-color-emoji"):
-        corpus.glyph("cat", 40)
+        main()
 
 
 def test_words_of_our_world_are_whole_tokens_and_others_fall_back_to_pieces() -> None:
