@@ -8,7 +8,7 @@ be able to run code with it.
 import hashlib
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
@@ -26,6 +26,7 @@ from safelatent.schema import (
     Generation,
     GenerationRequest,
     Model,
+    Place,
     PolicyApplied,
     Priority,
     Result,
@@ -218,6 +219,19 @@ class Jobs:
                 except errors.NotFound:
                     pass  # expired
 
+    def places(self, generations: Iterable[Generation]) -> dict[str, Place]:
+        """Where generations stand that still wait, by id: one look at each of their queues."""
+        names = {
+            queue_name(each.request.model or "", each.request.priority) for each in generations
+        }
+        with redis_errors():
+            queues = [SafeQueue(name, self.connection, serializer=JSONSerializer) for name in names]
+            return {
+                id: Place(position=position)
+                for queue in queues
+                for position, id in enumerate(queue.get_job_ids())
+            }
+
     def delete(self, id: str, tenant: str = OPEN) -> None:
         """Forget a generation that has ended."""
         with redis_errors():
@@ -229,7 +243,7 @@ class Jobs:
                     f"generation {id} is still being cancelled: try again in a minute",
                 ) from error
             self.connection.zrem(OWNED.format(tenant), id)
-            self.connection.delete(CANCELLED.format(id))
+            self.connection.delete(CANCELLED.format(id), events.IMAGES.format(id))
             events.publish_finished(self.connection, id)
 
     def cancel(self, id: str, tenant: str = OPEN) -> Generation:
@@ -328,6 +342,8 @@ class Jobs:
                 generation.error = errors.InternalError(
                     "the worker failed unexpectedly; its log says more"
                 ).problem
+        if job.started_at and not generation.images:
+            generation.images = events.images(self.connection, job.id)
         return generation
 
 

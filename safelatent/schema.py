@@ -346,6 +346,17 @@ class Timings(_Response):
     total_s: float
 
 
+class Place(_Response):
+    """Where a queued generation stands."""
+
+    position: int
+    eta_s: float | None = None
+
+
+class Started(_Response):
+    started_at: datetime
+
+
 class Progress(_Response):
     step: int
     steps: int
@@ -379,6 +390,8 @@ class Generation(_Response):
     """As effective: defaults, seed and size filled in."""
     model: Model | None = None
     images: list[Image] = Field(default_factory=list)
+    """While it runs those that are finished, without `safety.steps`. They stay if it then fails or
+    is cancelled."""
     safety: Safety | None = None
     policy: PolicyApplied | None = None
     """Null for a service without a policy file."""

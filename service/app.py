@@ -35,11 +35,13 @@ def create_app(settings: Settings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        follower = asyncio.create_task(waiting.follow())
+        following = [waiting.follow(), waiting.follow_queues()]
+        followers = {asyncio.create_task(each) for each in following}
         yield
-        while not follower.done():  # asyncio and redis-py can swallow a cancellation
-            follower.cancel()
-            await asyncio.wait([follower], timeout=0.1)
+        while followers:  # asyncio and redis-py can swallow a cancellation
+            for follower in followers:
+                follower.cancel()
+            _, followers = await asyncio.wait(followers, timeout=0.1)
         redis.close()
 
     app = FastAPI(

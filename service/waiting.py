@@ -14,8 +14,9 @@ from starlette.concurrency import run_in_threadpool
 
 from safelatent import events
 from safelatent.errors import QueueUnavailable
+from safelatent.events import News
 from safelatent.jobs import Jobs
-from safelatent.schema import Generation, Progress
+from safelatent.schema import Generation, Place
 
 log = logging.getLogger("uvicorn.error")
 
@@ -47,13 +48,28 @@ def _preferences(prefer: list[str]) -> Iterator[str]:
 
 @dataclass(eq=False)
 class Mailbox:
-    """What one request has not yet read of its generation's news: never more than the latest."""
+    """What one request has not yet read of its generation's news: of each kind the latest."""
 
-    step: tuple[str, Progress] | None = None
-    """The latest step, and its stream id."""
+    unread: dict[str, tuple[str, News]] = field(default_factory=dict)
+    """News with their stream ids, oldest first."""
+    queued: Generation | None = None
+    """The generation while its place in the queue is news."""
+    place: Place | None = None
     finished: asyncio.Event = field(default_factory=asyncio.Event)
     news: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set by a step and by the end; for those who wait for the end only, steps wake nobody."""
+    """Set by all news; those who wait for the end only are woken by `finished` alone."""
+
+    def put(self, stream_id: str, news: News) -> None:
+        if news.event == "finished":
+            return self.finish()
+        self.unread.pop(news.key, None)
+        self.unread[news.key] = stream_id, news
+        self.news.set()
+
+    def take(self) -> list[tuple[str, News]]:
+        """What is unread, which then is read."""
+        unread, self.unread = self.unread, {}
+        return list(unread.values())
 
     def finish(self) -> None:
         self.finished.set()
@@ -68,6 +84,7 @@ class Waiting:
         self.jobs = jobs
         self.look_every_s = look_every_s
         """How often a waiter looks although nobody woke it."""
+        self.look_at_queues_every_s = 1.0
         self.released = False
         """Set when the process is about to end."""
         self.position: str | None = None
@@ -122,15 +139,32 @@ class Waiting:
                     self.position = None
                     await asyncio.sleep(pause_s)
 
-    def _deliver(self, stream_id: str, steps: dict[str, Progress], finished: list[str]) -> None:
+    async def follow_queues(self) -> None:
+        """Tell who watches a queued generation of its place, for ever: one look for all."""
+        while True:
+            await asyncio.sleep(self.look_at_queues_every_s)
+            queued = {
+                id: mailbox.queued
+                for id, mailboxes in self._mailboxes.items()
+                for mailbox in mailboxes
+                if mailbox.queued is not None
+            }
+            if not queued:
+                continue
+            try:
+                places = await run_in_threadpool(self.jobs.places, queued.values())
+            except QueueUnavailable:
+                continue
+            for id in queued.keys() & places.keys() & self._mailboxes.keys():
+                for mailbox in self._mailboxes[id]:
+                    mailbox.place = places[id]
+                    mailbox.news.set()
+
+    def _deliver(self, stream_id: str, news: dict[str, News]) -> None:
         self.position = stream_id
-        for id in steps.keys() & self._mailboxes.keys():
+        for id in news.keys() & self._mailboxes.keys():
             for mailbox in self._mailboxes[id]:
-                mailbox.step = stream_id, steps[id]
-                mailbox.news.set()
-        for id in finished:
-            for mailbox in self._mailboxes.get(id, ()):
-                mailbox.finish()
+                mailbox.put(stream_id, news[id])
 
     @contextmanager
     def mailbox(self, id: str) -> Iterator[Mailbox]:

@@ -5,7 +5,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, CancelledError, wait
+from concurrent.futures import FIRST_COMPLETED, CancelledError, wait
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
@@ -14,7 +14,7 @@ from redis.exceptions import RedisError
 from rq import get_current_job
 from rq.timeouts import JobTimeoutException
 
-from safelatent import errors
+from safelatent import errors, events
 from safelatent.jobs import KEPT_S, TIMEOUT_S, Jobs
 from safelatent.safety import SafetyParameters, why_it_cannot_act
 from safelatent.schema import (
@@ -56,6 +56,9 @@ def generate(version: int, request: dict[str, Any]) -> dict[str, Any]:
             f"this worker knows schema version {SCHEMA_VERSION}, the job has {version}"
         )
     created_at = job.created_at.replace(tzinfo=UTC)
+    if job.started_at:
+        with unheard(job.id):
+            events.publish_started(desk.jobs.connection, job.id, job.started_at)
     result = desk.generate(job.id, GenerationRequest.model_validate(request), created_at)
     return result.model_dump(mode="json")
 
@@ -124,8 +127,8 @@ class Desk:
         self._check(request)
         with self._turns.alone() if attempts else self._turns.together():
             self._count_attempt(id)
-            made = self._make(id, request)
-        result = self._report(id, request, made)
+            made, images = self._make(id, request)
+        result = self._report(request, made, images)
         result.timings = _timings(queue_s, time.monotonic() - started, made)
         return result
 
@@ -173,21 +176,27 @@ class Desk:
             pipeline.expire(key, KEPT_S)
             pipeline.execute()
 
-    def _make(self, id: str, request: GenerationRequest) -> list[Made]:
+    def _make(self, id: str, request: GenerationRequest) -> tuple[list[Made], list[Image]]:
+        """Make the images, and deliver and announce each as soon as it is done."""
         with self._lock:
             images = [self.engine.submit(spec, owner=id) for spec in _specs(request)]
             self._images[id] = images
             if id in self._cancelled:
                 for image in images:
                     image.cancel()
+        made: dict[int, Made] = {}
+        delivered: dict[int, Image] = {}
+        pending = {image.future: index for index, image in enumerate(images)}
         try:
-            # In short waits, so that RQ's timeout can be raised in this thread.
-            pending = {image.future for image in images}
             while pending:
-                done, pending = wait(pending, timeout=0.5, return_when=FIRST_EXCEPTION)
-                for future in done:
-                    future.result()
-            return [image.future.result() for image in images]
+                # In short waits, so that RQ's timeout can be raised in this thread.
+                for future in wait(pending, timeout=0.5, return_when=FIRST_COMPLETED).done:
+                    index = pending.pop(future)
+                    made[index] = future.result()
+                    delivered[index] = self._deliver(id, request, index, made[index])
+                    self._announce(id, delivered[index])
+            order = range(request.n)
+            return [made[i] for i in order], [delivered[i] for i in order]
         except CancelledError as error:
             raise Cancelled(id) from error
         finally:
@@ -196,8 +205,16 @@ class Desk:
             for image in images:
                 image.cancel()
 
-    def _report(self, id: str, request: GenerationRequest, made: Sequence[Made]) -> Result:
-        images = [self._deliver(id, request, index, one) for index, one in enumerate(made)]
+    def _announce(self, id: str, image: Image) -> None:
+        # Telemetry by steps is long, and the end has it.
+        safety = image.safety.model_copy(update={"steps": None})
+        with unheard(id):
+            short = image.model_copy(update={"safety": safety})
+            events.publish_image(self.jobs.connection, id, short, KEPT_S)
+
+    def _report(
+        self, request: GenerationRequest, made: Sequence[Made], images: list[Image]
+    ) -> Result:
         model = self.engine.family.model
         applied = all(image.safety.applied for image in images)
         parameters = request.safety.effective_parameters()
@@ -250,15 +267,16 @@ class Desk:
             safety=safety,
         )
         url = f"/generations/{id}/images/{index}"
+        if blocked is not None:
+            return image  # nor its heat map: that shows the picture's outlines
         if wanted == "heatmap" and made.telemetry.heat is not None and made.telemetry.seen:
             self.store.put(f"{id}/{index}.heatmap.png", pictures.heatmap(made.telemetry.heat))
             safety.heatmap_url = f"{url}/heatmap"
-        if blocked is None:
-            content = pictures.encode(made.pixels, request.image_format)
-            self.store.put(f"{id}/{index}.{request.image_format}", content)
-            image.url = url
-            image.sha256 = hashlib.sha256(content).hexdigest()
-            image.media_type = MEDIA_TYPE[request.image_format]
+        content = pictures.encode(made.pixels, request.image_format)
+        self.store.put(f"{id}/{index}.{request.image_format}", content)
+        image.url = url
+        image.sha256 = hashlib.sha256(content).hexdigest()
+        image.media_type = MEDIA_TYPE[request.image_format]
         return image
 
 
@@ -268,6 +286,15 @@ desk: Desk | None = None
 
 class Cancelled(Exception):
     """Raised out of `generate` when its generation was cancelled; RQ marks the job stopped."""
+
+
+@contextmanager
+def unheard(id: str) -> Iterator[None]:
+    """An event that cannot be published costs no generation: its end says all."""
+    try:
+        yield
+    except RedisError as error:
+        log.warning("an event of generation %s is not published: %s", id, error)
 
 
 class Turns:

@@ -246,6 +246,7 @@ def image(id: Id, index: Index, request: Request, parts: TheParts, caller: TheCa
 def heatmap(id: Id, index: Index, parts: TheParts, caller: TheCaller) -> Response:
     """A small PNG; only of a generation that asked for `safety.telemetry: "heatmap"`."""
     generation, image = _image(id, index, parts, caller)
+    _refuse_blocked(generation, image)
     if image.safety.heatmap_url is None:
         raise errors.NotFound(
             f"image {index} has no heat map: safety.telemetry was "
@@ -344,11 +345,7 @@ def _only_image(generation: Generation, held: Response, parts: Parts) -> Respons
 
 
 def _content(generation: Generation, image: Image, parts: Parts) -> bytes:
-    if blocked := image.blocked:
-        raise errors.ImageBlocked(
-            f"image {image.index} is blocked: {blocked.check} flagged {blocked.category} "
-            f"(generation {generation.id})"
-        )
+    _refuse_blocked(generation, image)
     key = f"{generation.id}/{image.index}.{generation.request.image_format}"
     return parts.store.get(key)
 
@@ -394,9 +391,18 @@ def _invalid(field: str, value: Any, message: str) -> errors.InvalidRequest:
 
 def _image(id: str, index: int, parts: Parts, caller: Caller) -> tuple[Generation, Image]:
     generation = parts.jobs.fetch(id, caller.tenant)
-    if generation.status is not Status.SUCCEEDED:
-        raise errors.NotFinished(f"generation {id} is {generation.status}, and has no images")
-    if index >= len(generation.images):
-        last = len(generation.images) - 1
+    for image in generation.images:
+        if image.index == index:
+            return generation, image
+    last = generation.request.n - 1
+    if index > last:
         raise errors.NotFound(f"there is no image {index}: the indices are 0 to {last}")
-    return generation, generation.images[index]
+    raise errors.NotFinished(f"generation {id} is {generation.status}, and has no image {index}")
+
+
+def _refuse_blocked(generation: Generation, image: Image) -> None:
+    if blocked := image.blocked:
+        raise errors.ImageBlocked(
+            f"image {image.index} is blocked: {blocked.check} flagged {blocked.category} "
+            f"(generation {generation.id})"
+        )

@@ -4,16 +4,21 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from fastapi import FastAPI
 from redis import Redis
+from rq import get_current_job
 
 from safelatent import events
-from safelatent.schema import Progress
+from safelatent.events import News
+from safelatent.schema import Image, ImageSafety, Progress
+from safelatent.store import Store
 from service import watching
 from tests.service.played import result, work
 
@@ -21,11 +26,11 @@ STREAM = {"Accept": "text/event-stream"}
 
 
 def read(response: httpx.Response) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """(event, data, id) of each event."""
+    """(event, data, id) of each event; a snapshot has no id."""
     fields: dict[str, str] = {}
     for line in response.iter_lines():
         if not line and fields:
-            yield fields["event"], json.loads(fields["data"]), fields["id"]
+            yield fields["event"], json.loads(fields["data"]), fields.get("id", "")
             fields = {}
         elif line and not line.startswith(":"):
             name, _, value = line.partition(": ")
@@ -58,6 +63,124 @@ def publish(connection: Redis, id: str, step: int) -> None:
 
 
 PROGRESS = Progress(step=9, steps=9)
+IMAGES = [
+    Image(index=i, seed=i, width=64, height=32, safety=ImageSafety(applied=True), url=f"/{i}")
+    for i in range(8)
+]
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def test_a_place_in_the_queue_is_told_when_it_changes(
+    http: httpx.Client, app: FastAPI, connection: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting = app.state.parts.waiting
+    monkeypatch.setattr(waiting, "look_at_queues_every_s", 0.05)
+    publish(connection, "another", 1)
+    wait_for(lambda: waiting.position == connection.xrevrange(events.STREAM)[0][0].decode())
+    ids = [http.post("/generate", json={"prompt": "a cat"}).json()["id"] for _ in range(3)]
+    here = f"/generations/{ids[2]}/events"
+    with http.stream("GET", here) as response:
+        told = read(response)
+        event, generation, seen = next(told)
+        assert (event, generation["position"], seen) == ("snapshot", 2, "")
+        http.post(f"/generations/{ids[0]}/cancel")
+        event, place, seen = next(told)
+        assert (event, place["position"]) == ("queued", 1) and "eta_s" in place
+    with http.stream("GET", here, headers={"Last-Event-ID": seen}) as response:
+        told = read(response)
+        time.sleep(0.5)  # several looks, none of which has news
+        http.post(f"/generations/{ids[1]}/cancel")
+        assert next(told)[:2] == ("queued", place | {"position": 0})
+        http.post(f"/generations/{ids[2]}/cancel")
+        assert [event for event, _, _ in told] == ["finished"]
+
+
+def test_one_look_serves_all_who_watch_a_queue(
+    http: httpx.Client, app: FastAPI, connection: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting = app.state.parts.waiting
+    monkeypatch.setattr(waiting, "look_at_queues_every_s", 0.05)
+    looks: list[int] = []
+    real = waiting.jobs.places
+    monkeypatch.setattr(
+        waiting.jobs, "places", lambda queued: looks.append(len(queued)) or real(queued)
+    )
+    ids = [http.post("/generate", json={"prompt": "a cat"}).json()["id"] for _ in range(4)]
+    with ExitStack() as stack:
+        streams = [
+            read(stack.enter_context(http.stream("GET", f"/generations/{id}/events")))
+            for id in ids[1:]
+        ]
+        for stream in streams:
+            next(stream)
+        wait_for(lambda: 3 in looks)
+        assert max(looks) == 3
+        http.post(f"/generations/{ids[0]}/cancel")
+        assert [next(stream)[1]["position"] for stream in streams] == [0, 1, 2]
+
+
+def test_its_start_and_each_image_are_told_and_an_image_can_be_fetched_at_once(
+    http: httpx.Client, connection: Redis, store: Path
+) -> None:
+    at = datetime.now(UTC)
+    with running(http, connection) as (id, finish):
+        with http.stream("GET", f"/generations/{id}/events") as response:
+            told = read(response)
+            assert next(told)[0] == "snapshot"
+            events.publish_started(connection, id, at)
+            event, data, _ = next(told)
+            assert (event, data) == ("started", {"started_at": at.isoformat()[:-6] + "Z"})
+            here = f"/generations/{id}/images/0"
+            assert http.get(here).json()["type"] == "/problems/not-finished"
+            Store(f"file://{store}").put(f"{id}/0.png", b"pixels")
+            image = IMAGES[0].model_copy(update={"url": here, "media_type": "image/png"})
+            events.publish_image(connection, id, image, 60)
+            event, data, seen = next(told)
+            assert (event, data["url"]) == ("image", here)
+            assert http.get(here).content == b"pixels"
+        # Who comes later has it in the snapshot, and gets it once.
+        with http.stream("GET", f"/generations/{id}/events") as response:
+            told = read(response)
+            assert [image["index"] for image in next(told)[1]["images"]] == [0]
+            events.publish_image(connection, id, IMAGES[1], 60)
+            assert next(told)[1]["index"] == 1
+        events.publish_image(connection, id, IMAGES[2], 60)
+        finish()
+        stream = http.get(f"/generations/{id}/events", headers={"Last-Event-ID": seen})
+        assert [(e, d.get("index")) for e, d, _ in read(stream)] == [
+            ("image", 1),
+            ("image", 2),
+            ("finished", None),
+        ]
+
+
+def test_the_images_of_what_is_cancelled_stay(
+    http: httpx.Client, connection: Redis, store: Path
+) -> None:
+    def stop(version: int, request: dict[str, Any]) -> dict[str, Any]:
+        id = get_current_job().id  # type: ignore[union-attr]
+        Store(f"file://{store}").put(f"{id}/0.png", b"pixels")
+        image = IMAGES[0].model_copy(update={"media_type": "image/png"})
+        events.publish_image(connection, id, image, 60)
+        raise RuntimeError
+
+    here = http.post("/generate", json={"prompt": "a cat", "n": 2}).headers["location"]
+    connection.hset(f"rq:job:{here.split('/')[2]}", "max_retries", 0)
+    connection.hset(f"rq:job:{here.split('/')[2]}", "retries_left", 0)
+    work(connection, stop)
+    generation = http.get(here).json()
+    assert (generation["status"], len(generation["images"])) == ("failed", 1)
+    assert http.get(f"{here}/images/0").content == b"pixels"
+    assert http.get(f"{here}/images/1").status_code == 409
+    assert http.delete(here).status_code == 204
+    assert http.get(f"{here}/images/0").status_code == 404
+    assert not connection.exists(events.IMAGES.format(here.split("/")[2]))
 
 
 def test_a_snapshot_then_the_steps_then_the_end(http: httpx.Client, connection: Redis) -> None:
@@ -141,8 +264,11 @@ def test_a_slow_reader_gets_the_latest(app: FastAPI) -> None:
     waiting = app.state.parts.waiting
     with waiting.mailbox("id") as mailbox:
         for step in range(1000):
-            waiting._deliver(f"1-{step}", {"id": Progress(step=step, steps=1000)}, [])
-        assert mailbox.step == ("1-999", Progress(step=999, steps=1000))
+            waiting._deliver(f"1-{step}", {"id": News("step", Progress(step=step, steps=1000))})
+            waiting._deliver(f"2-{step}", {"id": News("image", IMAGES[step % 8])})
+        told = {stream_id: one.data for stream_id, one in mailbox.take()}
+        assert told.pop("1-999") == Progress(step=999, steps=1000)
+        assert list(told.values()) == IMAGES and not mailbox.take()
 
 
 def test_silence_is_kept_alive_and_a_lost_end_is_found(

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from redis import Redis
 
+from safelatent import events
 from safelatent.jobs import Jobs
 from safelatent.safety import CONCEPT, LEVELS
 from safelatent.schema import Check, GenerationRequest, Result, Status
@@ -144,6 +145,39 @@ def test_an_image_is_of_the_format_asked_for_and_carries_no_metadata(office, ima
     assert b"a cat" not in content
 
 
+def test_an_image_is_stored_and_announced_before_its_neighbours_are_done(office):
+    announced, told = [], office.desk._announce
+
+    def announce(id, image):
+        announced.append((image.index, office.stored(), office.desk._images[id]))
+        told(id, image)
+
+    office.desk._announce = announce
+    result = office.generate(n=3, safety={"level": "max", "telemetry": "steps"})
+    assert len(announced) == 3
+    for count, (index, stored, _) in enumerate(announced, 1):
+        assert len(stored) == count and f"{index}.png" in stored
+    connection = office.desk.jobs.connection
+    news = [one for _, one in events.since(connection, ID, "0-0")]
+    assert sorted(one.data.index for one in news) == [0, 1, 2]
+    for image, one in zip(result.images, events.images(connection, ID), strict=True):
+        assert one.safety.steps is None and image.safety.steps is not None
+        assert (one.url, one.sha256) == (image.url, image.sha256)
+
+
+def test_a_second_attempt_tells_no_image_again(office):
+    for _ in range(2):
+        office.generate(n=2)
+    assert len(office.desk.jobs.connection.xrange(events.STREAM)) == 2
+
+
+def test_a_blocked_image_has_no_heat_map(office):
+    office.check.scores = [0.9, 0.1]
+    result = office.generate(n=2, safety={"level": "max", "telemetry": "heatmap"})
+    assert [image.safety.heatmap_url is None for image in result.images] == [True, False]
+    assert office.stored() == {"1.png", "1.heatmap.png"}
+
+
 def test_a_blocked_image_is_nowhere_and_its_neighbour_is_delivered(office):
     office.check.scores = [0.9, 0.1]
     flagged, fine = office.generate(n=2).images
@@ -184,10 +218,12 @@ def test_a_size_that_the_model_cannot_make_is_the_callers_fault(office):
     assert (wrong.field, wrong.value) == ("width", 42)
 
 
-def test_steps_that_the_scheduler_cannot_take_are_the_callers_fault(office):
-    result = office.generate(scheduler="lcm", steps=60)
+@pytest.mark.parametrize(("scheduler", "steps", "why"), [("lcm", 60, ""), ("pndm", 3, "4 steps")])
+def test_steps_that_the_scheduler_cannot_take_are_the_callers_fault(office, scheduler, steps, why):
+    result = office.generate(scheduler=scheduler, steps=steps)
     assert result.error.type == "/problems/invalid-request"
     assert result.error.errors[0].field == "steps"
+    assert why in result.error.detail
 
 
 def test_one_image_of_bad_numbers_fails_the_generation(office):

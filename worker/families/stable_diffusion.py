@@ -139,6 +139,8 @@ class StableDiffusion:
     def scheduler(self, name: str, steps: int) -> Any:
         kind, extra = SCHEDULERS[name]
         scheduler = kind.from_config(self.own_scheduler.config, **extra)
+        if name == "pndm" and not scheduler.config.skip_prk_steps and steps < 4:
+            raise ValueError("its Runge-Kutta start needs 4 steps or more")
         scheduler.set_timesteps(steps, device=self.device)
         return scheduler
 
