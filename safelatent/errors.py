@@ -10,6 +10,7 @@ SafelatentError
 │   ├── KeyInUse               409  the first request with this Idempotency-Key is being accepted
 │   ├── KeyReused              422  another request had this Idempotency-Key
 │   ├── BodyTooLarge           413
+│   ├── BodyTooSlow            408
 │   ├── UnsupportedMediaType   415
 │   ├── MethodNotAllowed       405
 │   ├── Unauthorized           401  no API key, or none that is valid
@@ -22,6 +23,7 @@ SafelatentError
 │   ├── QueueUnavailable       503  Redis does not answer
 │   ├── StoreUnavailable       503  the image store does not answer
 │   ├── NotReady               503  no worker holds the default model warm
+│   ├── Overloaded             503  the frontend serves as many requests as it takes
 │   ├── StillRunning           504  the line was held long enough; the generation goes on
 │   └── NoAnswer                    the service could not be reached (client only)
 └── JobError                 an accepted generation that did not succeed
@@ -134,6 +136,13 @@ class BodyTooLarge(RequestError):
     title = "The body is too large"
 
 
+class BodyTooSlow(RequestError):
+    """The body did not arrive in time."""
+
+    status = 408
+    title = "The body arrives too slowly"
+
+
 class UnsupportedMediaType(RequestError):
     """The body's Content-Type is not application/json."""
 
@@ -209,6 +218,13 @@ class NotReady(ServiceError):
 
     status = 503
     title = "The service is not ready"
+
+
+class Overloaded(ServiceError):
+    """The frontend serves as many requests at once as it takes; try again shortly."""
+
+    status = 503
+    title = "The service is overloaded"
 
 
 class StillRunning(ServiceError):

@@ -5,14 +5,18 @@ import socket
 import sys
 
 import uvicorn
+from fastapi import FastAPI
 from pydantic import ValidationError
 
 from service.app import create_app
 from service.parts import Parts
 from service.policy import UnusablePolicy
+from service.protocol import MAX_HEAD, Protocol
 from service.settings import Settings
 
 GRACE_S = 10
+KEEP_ALIVE_S = 75
+"""Longer than load balancers keep an idle connection: they must not find it closed."""
 
 
 class Server(uvicorn.Server):
@@ -24,6 +28,21 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
+def configured(app: FastAPI, settings: Settings) -> uvicorn.Config:
+    """How uvicorn serves the app."""
+    return uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        access_log=False,
+        server_header=False,
+        http=Protocol,
+        h11_max_incomplete_event_size=MAX_HEAD,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=GRACE_S,
+    )
+
+
 def main() -> None:
     try:
         settings = Settings()  # type: ignore[call-arg]
@@ -32,17 +51,12 @@ def main() -> None:
         sys.exit(f"service: {_sentence(error)}")
     except (UnusablePolicy, ValueError, OSError) as error:
         sys.exit(f"service: {error}")
-    config = uvicorn.Config(
-        app,
-        host=settings.host,
-        port=settings.port,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=GRACE_S,
-    )
+    config = configured(app, settings)
     for number in (signal.SIGINT, signal.SIGTERM):
         # uvicorn ends in order and then raises the signal again: having ended is success.
         signal.signal(number, lambda number, frame: None)
+    parts: Parts = app.state.parts
+    signal.signal(signal.SIGHUP, lambda number, frame: parts.callers.reload())
     Server(config).run()
 
 

@@ -11,9 +11,11 @@ from redis.retry import Retry
 
 from safelatent.jobs import Jobs
 from safelatent.store import Store
-from service import problems
+from service import cors, problems
 from service.auth import Callers
 from service.body import BodyLimit
+from service.head import Head
+from service.overload import MaxRequests
 from service.parts import Parts
 from service.request_id import RequestId
 from service.routes import collection, generations, openai, operations
@@ -56,7 +58,10 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.parts = Parts(
         settings, jobs, Store(settings.store_url), waiting, Callers(settings.policy_file)
     )
+    app.add_middleware(Head)
     app.add_middleware(BodyLimit)
+    app.add_middleware(MaxRequests, most=settings.max_requests)
+    cors.install(app, settings.cors_origins)
     app.add_middleware(RequestId)  # the last is the outermost
     problems.install(app)
     app.include_router(generations.router)

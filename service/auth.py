@@ -57,11 +57,17 @@ class Callers:
         if stamp == self._stamp:
             return
         self._stamp = stamp
+        self.reload()
+
+    def reload(self) -> None:
+        """Read the policy file again, if there is one."""
+        if self.path is None:
+            return
         try:
-            self._policy, self._sha256 = policy.load(path)
-            log.warning("the policy file has changed, and is in force: sha256 %s", self._sha256)
+            self._policy, self._sha256 = policy.load(self.path)
+            log.warning("the policy file was read again, and is in force: sha256 %s", self._sha256)
         except policy.UnusablePolicy as error:
-            log.error("the policy file has changed, and the old one stays in force: %s", error)
+            log.error("the policy file was read again, and the old one stays in force: %s", error)
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:

@@ -1,16 +1,19 @@
-"""No body larger than the service reads reaches a route."""
+"""No body larger than the service reads, or slower than it waits for, reaches a route."""
+
+import asyncio
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from safelatent.errors import BodyTooLarge
+from safelatent.errors import BodyTooLarge, BodyTooSlow, RequestError
 from service import problems
 
 MAX_BODY = 1024 * 1024
+BODY_TIMEOUT_S = 30
 
 
 class BodyLimit:
-    """Read a request's body before its route does, and answer 413 as soon as it is too large.
+    """Read a request's body before its route does; 413 as soon as it is too large, 408 if slow.
 
     Pure ASGI. Starlette's own limit answers text/plain, and ours are all problems.
     """
@@ -21,6 +24,24 @@ class BodyLimit:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
+        try:
+            async with asyncio.timeout(BODY_TIMEOUT_S):
+                messages = await self._read(scope, receive)
+        except TimeoutError:
+            error: RequestError = BodyTooSlow(f"the body did not arrive in {BODY_TIMEOUT_S} s")
+        except BodyTooLarge as too_large:
+            error = too_large
+        else:
+
+            async def replay() -> Message:
+                return messages.pop(0) if messages else await receive()
+
+            return await self.app(scope, replay, send)
+        response = problems.answer(error, scope["path"])
+        response.headers["Connection"] = "close"  # what follows on it is the unread rest
+        await response(scope, receive, send)
+
+    async def _read(self, scope: Scope, receive: Receive) -> list[Message]:
         length = Headers(scope=scope).get("content-length", "0")
         size = int(length) if length.isdecimal() else 0
         messages: list[Message] = []
@@ -28,15 +49,6 @@ class BodyLimit:
             message = await receive()
             messages.append(message)
             if not message.get("more_body"):
-                break
+                return messages
             size = max(size, sum(len(each["body"]) for each in messages))
-        else:
-            error = BodyTooLarge(f"the body has more than {MAX_BODY} bytes, the most that is read")
-            response = problems.answer(error, scope["path"])
-            response.headers["Connection"] = "close"  # what follows on it is the unread rest
-            return await response(scope, receive, send)
-
-        async def replay() -> Message:
-            return messages.pop(0) if messages else await receive()
-
-        await self.app(scope, replay, send)
+        raise BodyTooLarge(f"the body has more than {MAX_BODY} bytes, the most that is read")

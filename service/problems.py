@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Match
 
 from safelatent import errors
 from safelatent.errors import SafelatentError
@@ -95,11 +96,23 @@ def _of_the_router(error: HTTPException, request: Request) -> SafelatentError:
         case HTTPStatus.NOT_FOUND:
             return errors.NotFound(f"there is nothing at {_printable(request.url.path)}")
         case HTTPStatus.METHOD_NOT_ALLOWED:
-            allowed = (error.headers or {}).get("Allow", "")
+            allowed = ", ".join(sorted(_methods(request)))
+            error.headers = {"Allow": allowed}
             return errors.MethodNotAllowed(
                 f"{_printable(request.url.path)} answers {allowed}, not {request.method}"
             )
     return errors.InternalError(f"unexpected status {error.status_code}")
+
+
+def _methods(request: Request) -> set[str]:
+    """What a path answers: all of its routes, of which Starlette names only the first one's."""
+    methods = {
+        method
+        for method in ("DELETE", "GET", "PATCH", "POST", "PUT")
+        for route in request.app.router.routes
+        if route.matches({**request.scope, "method": method})[0] is Match.FULL
+    }
+    return methods | {"HEAD"} if "GET" in methods else methods
 
 
 def _defect(error: Exception, request: Request) -> SafelatentError:
@@ -139,6 +152,8 @@ def answer(error: SafelatentError, path: str) -> Response:
     headers = {"Cache-Control": "no-store"}
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(math.ceil(error.retry_after_s))
+    if isinstance(error, errors.NotAcceptable):
+        headers["Vary"] = "Accept, Prefer"
     if isinstance(error, errors.Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
     if path.startswith(openai_errors.PREFIX):

@@ -1,12 +1,13 @@
 """The frontend's settings, from the environment, read once."""
 
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Any, Self
 
-from pydantic import Field, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from safelatent.defaults import DEFAULT_MODEL, DEFAULT_STORE_URL, model_id
+from service.cors import ORIGIN
 
 
 class Settings(BaseSettings):
@@ -29,8 +30,23 @@ class Settings(BaseSettings):
     store_url: str = DEFAULT_STORE_URL
     policy_file: Path | None = None
     """TOML with tenants, their keys and what they may ask for (service/policy.py)."""
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = ()
+    """Origins whose web pages may call the service, commas between; `*` is every page."""
+    max_requests: int = Field(default=4096, ge=1)
+    """Requests that one process serves at once, streams of events included."""
     open: bool = False
     """Serve everybody who reaches a port that is not on loopback."""
+
+    @field_validator("cors_origins", mode="before")
+    @classmethod
+    def _split(cls, origins: Any) -> Any:
+        if not isinstance(origins, str):
+            return origins
+        found = tuple(origin.strip() for origin in origins.split(",") if origin.strip())
+        for origin in found:
+            if not ORIGIN.fullmatch(origin):
+                raise ValueError(f"{origin!r} is no origin, as https://app.example.com is one")
+        return found
 
     @model_validator(mode="after")
     def _guarded(self) -> Self:

@@ -34,6 +34,7 @@ router = APIRouter(
 Id = Annotated[str, Path(description="The generation's `id`.", max_length=100)]
 Index = Annotated[int, Path(description="The image's `index`, from 0.", ge=0, le=2**31)]
 
+NEGOTIATED = "Accept, Prefer"
 PREFER = {
     "name": "Prefer",
     "in": "header",
@@ -147,15 +148,17 @@ async def generate(
     caller: TheCaller,
 ) -> Any:
     """Queue a generation. Answers 202 at once, or with `Prefer: wait=N` 200 once it has ended."""
-    once = _once(asked, request)
+    response.headers["Vary"] = NEGOTIATED
+    key = once(asked, request)
     media_type = _media_type(asked, request)
     if image_format := accept.IMAGES.get(media_type):
         asked = asked.model_copy(update={"image_format": image_format})
-    generation = await run_in_threadpool(submit, asked, parts, caller, once)
+    generation = await run_in_threadpool(submit, asked, parts, caller, key)
     if media_type == accept.EVENT_STREAM:
         cancels = prefers_cancel(request.headers.getlist("prefer"))
         answer = await watch(parts.waiting, generation, caller.tenant, cancels=cancels)
         answer.headers["Location"] = f"/generations/{generation.id}"
+        answer.headers["Vary"] = NEGOTIATED
         return answer
     response.headers["Location"] = f"/generations/{generation.id}"
     generation = await _hold(generation, request, response, parts, caller)
@@ -176,6 +179,7 @@ async def look(
 ) -> Generation:
     """The generation as it stands; with `Prefer: wait=N` once it has ended."""
     generation = await run_in_threadpool(parts.jobs.fetch, id, caller.tenant)
+    response.headers.update({"Cache-Control": "no-store", "Vary": "Prefer"})
     return linked(await _hold(generation, request, response, parts, caller))
 
 
@@ -311,7 +315,8 @@ def _media_type(asked: GenerationRequest, request: Request) -> str:
     )
 
 
-def _once(asked: GenerationRequest, request: Request) -> Once | None:
+def once(asked: GenerationRequest, request: Request) -> Once | None:
+    """What the Idempotency-Key makes of a request; MalformedHeader for a bad key."""
     key = request.headers.get("idempotency-key")
     if key is None:
         return None

@@ -188,12 +188,16 @@ class ModelList(BaseModel):
     dependencies=[Depends(generations.json_only)],
     response_model=ImagesAnswer,
     responses={200: {"content": {"text/event-stream": {}}}},
+    openapi_extra={"parameters": [generations.IDEMPOTENCY_KEY]},
 )
 async def generate(
     asked: ImagesRequest, request: Request, parts: TheParts, caller: TheCaller
 ) -> Any:
-    """Holds the line until the images are done; with `stream` they come as events."""
-    generation = await run_in_threadpool(_submit, asked, parts, caller)
+    """Holds the line until the images are done; with `stream` they come as events.
+
+    Who hangs up meanwhile cancels them, unless an Idempotency-Key says that it will come back.
+    """
+    generation = await run_in_threadpool(_submit, asked, request, parts, caller)
     generation = await _ended(generation, request, parts, caller)
 
     def answer() -> ImagesAnswer:
@@ -219,10 +223,11 @@ def model(id: Annotated[str, Path(max_length=200)], parts: TheParts, caller: The
     raise errors.NotFound(f"there is no model {id!r}; GET /v1/models lists them")
 
 
-def _submit(asked: ImagesRequest, parts: Parts, caller: Caller) -> Generation:
+def _submit(asked: ImagesRequest, request: Request, parts: Parts, caller: Caller) -> Generation:
     """Queue it; what is wrong with it is told in the caller's words."""
     try:
-        return generations.submit(_request(asked), parts, caller)
+        wanted = _request(asked)
+        return generations.submit(wanted, parts, caller, generations.once(wanted, request))
     except errors.RequestError as error:
         problem = error.problem
         first = problem.errors[0].field if problem.errors else ""
@@ -244,12 +249,17 @@ def _request(asked: ImagesRequest) -> GenerationRequest:
 async def _ended(
     generation: Generation, request: Request, parts: Parts, caller: Caller
 ) -> Generation:
-    """The generation once it has succeeded. Only its caller knows of it: hanging up cancels it."""
+    """The generation once it has succeeded.
+
+    Hanging up cancels it, for only its caller knows of it; with a key the caller can come back.
+    """
     id = generation.id
     end = asyncio.ensure_future(parts.waiting.until_final(generation, caller.tenant, MAX_WAIT_S))
     gone = asyncio.ensure_future(request.receive())  # the body is read: what follows is the end
     try:
         await asyncio.wait((end, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not end.done() and "idempotency-key" in request.headers:
+            raise errors.StillRunning(f"generation {id} goes on, and its caller is gone")
         if not end.done():
             await run_in_threadpool(parts.jobs.cancel, id, caller.tenant)
             raise errors.GenerationCancelled(f"generation {id} was cancelled: its caller is gone")
