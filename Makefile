@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 EXTRAS := service,worker,local,dev
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check bench evaluate-embedded model clean
+.PHONY: help run test check bench openapi evaluate-embedded model clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ check: $(INSTALLED) ## style, types, import rules, container files
 
 bench: $(INSTALLED) ## speed and memory against diffusers' own pipeline
 	$(BIN)/python -m benchmarks $(ARGS)
+
+openapi: $(INSTALLED) ## write docs/openapi.json anew; ARGS=--break although it breaks clients
+	$(BIN)/python -m service.openapi $(ARGS)
 
 evaluate-embedded: $(INSTALLED) ## what safety does to the embedded model, by a service that runs (make run)
 	$(BIN)/python -m evaluation.embedded $(ARGS)

@@ -102,7 +102,9 @@ class SafetyRequest(_Request):
 class GenerationRequest(_Request):
     """One prompt, `n` images. Image i uses seed + i."""
 
-    prompt: Annotated[str, StringConstraints(max_length=MAX_TEXT)]
+    prompt: Annotated[
+        str, StringConstraints(max_length=MAX_TEXT), Field(json_schema_extra={"pattern": r"\S"})
+    ]
     negative_prompt: Annotated[str, StringConstraints(max_length=MAX_TEXT)] = ""
     model: Annotated[str, StringConstraints(min_length=1, max_length=200)] | None = None
     """Model id as listed by `GET /models`; null is the service's default."""

@@ -169,11 +169,21 @@ def answer(error: SafelatentError, path: str) -> Response:
 Responses = dict[int | str, dict[str, Any]]
 
 
+ANYWHERE: tuple[type[SafelatentError], ...] = (
+    errors.MalformedHeader,
+    errors.BodyTooLarge,
+    errors.BodyTooSlow,
+    errors.InternalError,
+    errors.Overloaded,
+)
+"""What every operation can answer."""
+
+
 def documented(*kinds: type[SafelatentError]) -> Responses:
-    """The `responses` of an operation in OpenAPI."""
+    """The `responses` of an operation in OpenAPI: these, and what every operation can answer."""
     schema = {"schema": {"$ref": "#/components/schemas/Problem"}}
     responses: Responses = {}
-    for kind in kinds:
+    for kind in dict.fromkeys((*kinds, *ANYWHERE)):
         before = responses.get(kind.status, {}).get("description")
         responses[kind.status] = {
             "description": f"{before}; or: {kind.title}" if before else kind.title,

@@ -30,13 +30,22 @@ EVENT_ID = re.compile(r"([0-9]{1,19}-[0-9]{1,20})(?:\.([0-9]{1,9}))?")
 END = str(2**64 - 1)
 """The sequence number in the id of a last event."""
 
+EVENT = {
+    "type": "object",
+    "required": ["event", "data"],
+    "properties": {
+        "event": {"enum": ["snapshot", "queued", "started", "step", "image", "finished"]},
+        "data": {"type": "string", "contentMediaType": "application/json"},
+        "id": {"type": "string", "description": "For Last-Event-ID; a snapshot has none."},
+    },
+}
 EVENTS = {
     "description": "`snapshot` (the generation as it stands), and then what happens: `queued` "
     "({position, eta_s}, when the position changes), `started` ({started_at}; again when a crash "
     "has put it back), `step` ({step, steps}: the latest, when the client reads slowly), `image` "
     "(an image as soon as it is stored), and `finished` (the generation), after which the stream "
     f"closes. A comment comes after {KEEP_ALIVE_S} s of silence.",
-    "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    "content": {"text/event-stream": {"itemSchema": EVENT}},
 }
 
 

@@ -7,6 +7,8 @@ from datetime import UTC, datetime
 from typing import Annotated, Any, get_args
 
 from fastapi import APIRouter, Query, Request
+from pydantic import BeforeValidator
+from pydantic_core import PydanticCustomError
 from starlette.concurrency import run_in_threadpool
 
 from safelatent import errors
@@ -41,6 +43,16 @@ MAX_LOOKED_AT = 500
 CANCEL_WAIT_S = 10
 METADATA = "metadata."
 CURSOR = re.compile(r"([0-9]{1,17}):([0-9a-f-]{36})")
+
+
+def _is_no_number(time: Any) -> Any:
+    if isinstance(time, str) and "-" not in time[1:]:
+        raise PydanticCustomError("time", "should be a time, as 2026-01-31T12:00:00Z is one")
+    return time
+
+
+Time = Annotated[datetime, BeforeValidator(_is_no_number)]
+"""RFC 3339; pydantic would read a number as seconds."""
 FEATURES = ["events", "prefer-wait", "cancel-on-disconnect", "image-answers", "idempotency-key"]
 
 
@@ -70,8 +82,8 @@ def generations(
         str | None, Query(max_length=200, description="`next` of the page before.")
     ] = None,
     status: Status | None = None,
-    created_after: datetime | None = None,
-    created_before: datetime | None = None,
+    created_after: Time | None = None,
+    created_before: Time | None = None,
 ) -> GenerationPage:
     """The caller's own of the last 24 hours, newest first. A time without a zone is UTC."""
     after = None if cursor is None else _place(cursor)

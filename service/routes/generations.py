@@ -25,7 +25,7 @@ from service.auth import Caller, TheCaller
 from service.parts import Parts, TheParts
 from service.problems import documented
 from service.waiting import CANCEL, MAX_WAIT_S, preferred_wait, prefers_cancel
-from service.watching import EVENTS, linked, watch
+from service.watching import EVENT, EVENTS, linked, watch
 
 router = APIRouter(
     tags=["generations"], responses=documented(errors.Unauthorized, errors.Forbidden)
@@ -117,7 +117,10 @@ async def json_only(request: Request) -> None:
             "model": Generation,
             "description": "Ended while the line was held: the generation, or its image with the "
             "report in `Safelatent-` headers; or a stream of events",
-            "content": {"text/event-stream": {}, **{each: {} for each in accept.IMAGES}},
+            "content": {
+                "text/event-stream": {"itemSchema": EVENT},
+                **{each: {} for each in accept.IMAGES},
+            },
         },
         202: {"description": "Accepted; `Location` says where to look"},
         **documented(

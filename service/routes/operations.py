@@ -36,7 +36,7 @@ class ProblemType(BaseModel):
     explanation: str
 
 
-@router.get("/healthz", summary="Is the process alive?")
+@router.get("/healthz", summary="Is the process alive?", responses=documented())
 async def healthz() -> Health:
     """Looks at nothing else: a restart would not bring Redis back."""
     return Health()
