@@ -205,6 +205,8 @@ class Model(_Response):
     max_tokens: int
     """Tokens of a text that the text encoder reads, start and end included."""
     checks: list[str] = Field(default_factory=list)
+    license: str | None = None
+    """As the model card says it; null when it says nothing."""
 
 
 class LoadedModel(Model):

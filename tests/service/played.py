@@ -47,13 +47,13 @@ class PlayedWorker(SimpleWorker):
     def unsubscribe(self) -> None: ...
 
 
-def work(connection: Redis, generate: Callable[..., Any]) -> None:
+def work(connection: Redis, generate: Callable[..., Any], model: str = "tiny") -> None:
     """Do every queued generation with a function in the place of `worker.tasks.generate`."""
     real = sys.modules.get("worker.tasks")
     sys.modules["worker.tasks"] = stand_in = ModuleType("worker.tasks")
     stand_in.generate = generate  # type: ignore[attr-defined]
     try:
-        waiting = queues("tiny", connection)
+        waiting = queues(model, connection)
         ids = [id for queue in waiting for id in queue.job_ids]
         worker = PlayedWorker(waiting, connection=connection, serializer=JSONSerializer)
         worker.work(burst=True, logging_level="ERROR")

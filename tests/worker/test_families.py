@@ -15,7 +15,7 @@ from tests.worker.running import EMBEDDED, load
 from training.export import write_sums
 from worker.__main__ import main
 from worker.families import UnusableModel
-from worker.families.files import checksums, content_hash, find
+from worker.families.files import checksums, content_hash, find, licence
 
 
 @pytest.fixture
@@ -36,6 +36,21 @@ def says(folder: Path) -> str:
 def weights(folder: Path, part: str) -> Path:
     [path] = (folder / part).glob("*.safetensors")
     return path
+
+
+@pytest.mark.parametrize(
+    ("card", "said"),
+    [
+        ("---\nlicense: apache-2.0\ntags: []\n---\n# A model", "apache-2.0"),
+        ("---\nlicense: other\nlicense_name: acme-1\n---\n", "acme-1"),
+        ("---\ntags: []\n---\nlicense: mit", None),
+        ("license: mit", None),
+    ],
+)
+def test_the_licence_is_what_the_model_card_says(tmp_path, card, said):
+    assert licence(tmp_path) is None
+    (tmp_path / "README.md").write_text(card)
+    assert licence(tmp_path) == said
 
 
 def test_a_missing_folder(tmp_path):

@@ -1,6 +1,7 @@
 """The files of a checkpoint: where they are, whether they are whole, and their revision."""
 
 import hashlib
+import re
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -19,6 +20,7 @@ PARTS = (
 )
 FILES = [f"{part}/*.{kind}" for part in PARTS for kind in ("json", "txt", "safetensors")]
 SUMS = "SHA256SUMS"
+CARD = "README.md"
 
 
 def find(source: str, revision: str | None = None) -> tuple[Path, str]:
@@ -67,10 +69,22 @@ def content_hash(sums: dict[str, str]) -> str:
     return digest.hexdigest()
 
 
+def licence(folder: Path) -> str | None:
+    """`license` of the front matter of the model card; `license_name` where that is "other"."""
+    try:
+        card = (folder / CARD).read_text(errors="replace")
+    except OSError:
+        return None
+    head = re.match(r"---\s*\n(.*?)\n---", card, re.DOTALL)
+    said = dict(re.findall(r"^(license|license_name):[ \t]*(\S+)", head[1] if head else "", re.M))
+    found = said.get("license")
+    return said.get("license_name", found) if found == "other" else found
+
+
 def _download(source: str, revision: str | None) -> Path:
     try:
         got = snapshot_download(
-            source, revision=revision, allow_patterns=FILES, ignore_patterns=["*.fp16.*"]
+            source, revision=revision, allow_patterns=[*FILES, CARD], ignore_patterns=["*.fp16.*"]
         )
     except Exception as error:
         said = " ".join(str(error).split())[:300]

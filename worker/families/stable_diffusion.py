@@ -91,6 +91,7 @@ class StableDiffusion:
             size_multiple=self.factor,
             scheduler=self._own_name(),
             max_tokens=self.max_tokens,
+            license=files.licence(self.folder),
         )
 
     def encode(self, texts: Sequence[str]) -> Tensor:
