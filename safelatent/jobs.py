@@ -40,7 +40,7 @@ OPEN = "open"
 """The one tenant of a service without a policy file."""
 
 KEPT_S = 24 * 3600
-"""How long a finished generation can be fetched."""
+"""How long a finished generation can be fetched, unless its tenant's policy says otherwise."""
 TIMEOUT_S = 3600
 """RQ stops a job that runs longer than this."""
 RETRIES = 100
@@ -124,10 +124,12 @@ class Jobs:
         tenant: str = OPEN,
         policy: PolicyApplied | None = None,
         once: Once | None = None,
+        kept_s: int = KEPT_S,
     ) -> Generation:
         """Queue a tenant's request, whose `model` and `seed` are filled in.
 
-        With `once` the first request of several is queued, and all get its generation.
+        With `once` the first request of several is queued, and all get its generation. `kept_s`
+        is how long it can be fetched after its end.
         """
         assert request.model is not None and request.seed is not None
         queue = SafeQueue(
@@ -144,16 +146,18 @@ class Jobs:
                     job_id=id,
                     description=TASK,
                     job_timeout=TIMEOUT_S,
-                    result_ttl=KEPT_S,
-                    failure_ttl=KEPT_S,
+                    result_ttl=kept_s,
+                    failure_ttl=kept_s,
                     retry=Retry(max=RETRIES),
                     meta={"tenant": tenant, "policy": policy and policy.model_dump()},
                     pipeline=pipeline,
                 )
                 owned = OWNED.format(tenant)
                 pipeline.zadd(owned, {id: _microseconds(job)})
-                pipeline.zremrangebyscore(owned, "-inf", _microseconds(job) - KEPT_S * 1_000_000)
-                pipeline.expire(owned, 2 * KEPT_S)
+                listed_s = max(kept_s, KEPT_S)
+                oldest = _microseconds(job) - listed_s * 1_000_000
+                pipeline.zremrangebyscore(owned, "-inf", oldest)
+                pipeline.expire(owned, 2 * listed_s)
                 if once:
                     pipeline.set(once.name(tenant), f"{once.fingerprint} {id}", ex=KEPT_S)
                 pipeline.execute()
@@ -263,6 +267,8 @@ class Jobs:
                 except (ValueError, InvalidJobOperation):
                     pass  # it has just started or ended, or RQ still misses a dead execution of it
                 else:
+                    # RQ itself would keep it for ever.
+                    self.connection.expire(job.key, job.result_ttl or KEPT_S)
                     events.publish_finished(self.connection, id)
             for execution in executions:
                 try:

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
 from redis import Redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
@@ -46,7 +47,7 @@ def create_app(settings: Settings) -> FastAPI:
             _, followers = await asyncio.wait(followers, timeout=0.1)
         redis.close()
 
-    app = FastAPI(
+    app = FastAPIOffline(
         title="safelatent",
         summary="Text to image with Safe Latent Diffusion.",
         description=DESCRIPTION,
@@ -79,6 +80,4 @@ With `Accept: image/png` as well it is the image, and with `Accept: text/event-s
 Every generation says what safety was asked, what was done and what was seen. Every error is a
 problem (RFC 9457, `application/problem+json`) whose `type` is a page that explains it. Every answer
 has an `X-Request-ID`, yours (up to 100 printable characters) or a new one; the log has it too.
-
-This page loads its scripts from a CDN; `/openapi.json` is the same reference without them.
 """

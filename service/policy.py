@@ -27,6 +27,7 @@ from pydantic import (
 )
 
 from safelatent import errors
+from safelatent.jobs import KEPT_S
 from safelatent.safety import CONCEPT, LEVELS, Level, SafetyParameters
 from safelatent.schema import (
     MAX_IMAGES,
@@ -80,6 +81,8 @@ class Tenant(_Part):
     max_steps: Annotated[int, Field(gt=0)] = MAX_STEPS
     max_images: Annotated[int, Field(gt=0)] = MAX_IMAGES
     priorities: list[Priority] = ["high", "normal", "low"]
+    retention_s: Annotated[int, Field(ge=60, le=30 * 24 * 3600)] = KEPT_S
+    """How long its generations are kept after their end, images and reports."""
 
     @model_validator(mode="after")
     def _leaves_a_level(self) -> Self:

@@ -208,9 +208,11 @@ class Desk:
     def _announce(self, id: str, image: Image) -> None:
         # Telemetry by steps is long, and the end has it.
         safety = image.safety.model_copy(update={"steps": None})
+        short = image.model_copy(update={"safety": safety})
+        job = get_current_job()
+        kept_s = job.result_ttl if job else None
         with unheard(id):
-            short = image.model_copy(update={"safety": safety})
-            events.publish_image(self.jobs.connection, id, short, KEPT_S)
+            events.publish_image(self.jobs.connection, id, short, kept_s or KEPT_S)
 
     def _report(
         self, request: GenerationRequest, made: Sequence[Made], images: list[Image]

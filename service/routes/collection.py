@@ -2,6 +2,7 @@
 
 import base64
 import json
+import logging
 import re
 from datetime import UTC, datetime
 from typing import Annotated, Any, get_args
@@ -33,6 +34,8 @@ from service.policy import STRICTNESS, Tenant
 from service.problems import documented
 from service.routes.generations import Id, models
 from service.watching import linked
+
+log = logging.getLogger("uvicorn.error")
 
 router = APIRouter(
     tags=["generations"], responses=documented(errors.Unauthorized, errors.Forbidden)
@@ -85,7 +88,7 @@ def generations(
     created_after: Time | None = None,
     created_before: Time | None = None,
 ) -> GenerationPage:
-    """The caller's own of the last 24 hours, newest first. A time without a zone is UTC."""
+    """The caller's own that are kept, newest first. A time without a zone is UTC."""
     after = None if cursor is None else _place(cursor)
     wanted = {
         name.removeprefix(METADATA): value
@@ -133,6 +136,7 @@ async def delete(id: Id, parts: TheParts, caller: TheCaller) -> None:
     # Its images first: should that fail, it can still be found and deleted.
     await run_in_threadpool(parts.store.delete, id)
     await run_in_threadpool(parts.jobs.delete, id, caller.tenant)
+    log.info("generation %s of tenant %s is deleted", id, caller.tenant)
 
 
 @router.get(
@@ -154,6 +158,7 @@ def capabilities(parts: TheParts, caller: TheCaller) -> Capabilities:
             "text": MAX_TEXT,
             "metadata_bytes": MAX_METADATA_BYTES,
             "body_bytes": MAX_BODY,
+            "retention_s": rights.retention_s,
         },
         models=[model.id for model in found],
         schedulers=list(get_args(Scheduler)),

@@ -363,7 +363,7 @@ def submit(
 ) -> Generation:
     """Queue what a caller asks for, as its policy allows it."""
     request, policy = caller.tighten(_complete(asked, parts))
-    return parts.jobs.submit(request, caller.tenant, policy, once)
+    return parts.jobs.submit(request, caller.tenant, policy, once, kept_s=caller.rights.retention_s)
 
 
 def _complete(asked: GenerationRequest, parts: Parts) -> GenerationRequest:

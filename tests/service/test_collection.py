@@ -1,6 +1,7 @@
 """A tenant's generations: listed, filtered, deleted; and what it is told that it may ask for."""
 
 import hashlib
+import logging
 import threading
 import time
 from pathlib import Path
@@ -95,7 +96,11 @@ def test_what_has_expired_is_not_listed_and_the_index_is_swept(
     assert connection.zscore("safelatent:owned:open", old) is None
 
 
-def test_deleted_is_gone_for_ever(http: httpx.Client, connection: Redis, store: Path) -> None:
+def test_deleted_is_gone_for_ever(
+    http: httpx.Client, connection: Redis, store: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "uvicorn.error")
+    logging.getLogger("uvicorn.error").addHandler(caplog.handler)
     id = make(http, n=2)
     kept = make(http)
     work(connection, result)
@@ -105,6 +110,8 @@ def test_deleted_is_gone_for_ever(http: httpx.Client, connection: Redis, store: 
     assert http.delete(f"/generations/{id}").status_code == 204
     for path in (f"/generations/{id}", f"/generations/{id}/images/0", f"/generations/{id}/events"):
         assert http.get(path).status_code == 404
+    logging.getLogger("uvicorn.error").removeHandler(caplog.handler)
+    assert f"generation {id} of tenant open is deleted" in caplog.messages
     assert http.delete(f"/generations/{id}").status_code == 404
     assert listed(http) == [kept]
     assert not (store / id).exists()
@@ -136,7 +143,10 @@ def test_a_tenant_sees_its_own_and_keys_are_its_own(
     redis_url: str, connection: Redis, tmp_path: Path
 ) -> None:
     policy = tmp_path / "policy.toml"
-    for name, more in (("alice", ""), ("bobby", 'floor = "strong"\nmax_steps = 60')):
+    for name, more in (
+        ("alice", ""),
+        ("bobby", 'floor = "strong"\nmax_steps = 60\nretention_s = 90'),
+    ):
         digest = hashlib.sha256(name.encode()).hexdigest()
         with policy.open("a") as file:
             file.write(f'[tenants.{name}]\nkeys = [{{ id = "{name}", sha256 = "{digest}" }}]\n')
@@ -163,6 +173,16 @@ def test_a_tenant_sees_its_own_and_keys_are_its_own(
             told = bobby.get("/capabilities").raise_for_status().json()
             assert list(told["levels"]) == ["strong", "max", "custom"]
             assert told["limits"]["steps"] == 60 and told["concepts_fixed"]
+            assert told["limits"]["retention_s"] == 90
+            cancelled = bobby.post(
+                "/generate",
+                json={"prompt": "a cat", "safety": safety},
+                headers={"Idempotency-Key": "another"},
+            ).json()["id"]
+            bobby.post(f"/generations/{cancelled}/cancel")
+            work(connection, result)
+            for id, kept_s in ((cancelled, 90), (his, 90), (hers, 24 * 3600)):
+                assert kept_s - 60 < connection.ttl(f"rq:job:{id}") <= kept_s
 
 
 def test_capabilities_are_what_the_service_accepts(http: httpx.Client) -> None:

@@ -246,6 +246,22 @@ def test_a_caller_who_hangs_up_cancels(client: OpenAI, connection: Redis) -> Non
         time.sleep(0.01)
 
 
+def test_a_key_makes_it_safe_to_hang_up_and_come_back(
+    client: OpenAI, connection: Redis, store: Path
+) -> None:
+    again = client.with_options(default_headers={"Idempotency-Key": "order-1"})
+    with pytest.raises(openai.APITimeoutError):
+        again.with_options(timeout=0.5).images.generate(prompt="a cat")
+    [id] = [id for queue in queues("tiny", connection) for id in queue.job_ids]
+    with working(connection, partial(drawn, store)):
+        first = again.images.generate(prompt="a cat")
+    second = again.images.generate(prompt="a cat", response_format="url")
+    assert first.safelatent["id"] == second.safelatent["id"] == id  # type: ignore[attr-defined]
+    with pytest.raises(openai.BadRequestError) as raised:
+        again.images.generate(prompt="a dog")
+    assert raised.value.code == "key_reused"
+
+
 @pytest.fixture
 def guarded(redis_url: str, tmp_path: Path) -> Iterator[tuple[str, str]]:
     """The address of a service with a policy, and the key of its tenant."""

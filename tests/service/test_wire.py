@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -69,6 +70,15 @@ def test_head_of_events_does_not_wait_for_them(http: httpx.Client) -> None:
 def test_a_negotiated_answer_says_by_what(http: httpx.Client, accept: str) -> None:
     with http.stream("POST", "/generate", json=CAT, headers={"Accept": accept}) as answer:
         assert answer.headers["vary"] == "Accept, Prefer"
+
+
+def test_the_reference_loads_nothing_from_elsewhere(http: httpx.Client) -> None:
+    for page in ("/docs", "/redoc"):
+        shown = http.get(page).raise_for_status().text
+        addresses = re.findall(r"""(?:src|href)=["']([^"']+)""", shown)
+        assert addresses and all(each.startswith("/") for each in addresses), addresses
+        for each in addresses:
+            assert http.get(each).status_code == 200
 
 
 @contextmanager
