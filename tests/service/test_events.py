@@ -160,6 +160,26 @@ def test_its_start_and_each_image_are_told_and_an_image_can_be_fetched_at_once(
         ]
 
 
+def test_what_the_snapshot_had_is_not_told_again(http: httpx.Client, connection: Redis) -> None:
+    """An entry may reach the follower after the snapshot has read what it says."""
+    with running(http, connection) as (id, _):
+        connection.hset(events.IMAGES.format(id), "3", IMAGES[3].model_dump_json())
+        connection.hset(events.PROGRESS, id, "[7, 50]")
+        with http.stream("GET", f"/generations/{id}/events") as response:
+            told = read(response)
+            _, generation, _ = next(told)
+            assert [image["index"] for image in generation["images"]] == [3]
+            at = datetime.fromisoformat(generation["started_at"])
+            events.publish_started(connection, id, at)
+            for step in (6, 7):
+                publish(connection, id, step)
+            for index in (3, 4):
+                data = IMAGES[index].model_dump_json()
+                connection.xadd(events.STREAM, {"image": id, "data": data})
+            publish(connection, id, 8)
+            assert (next(told)[1]["index"], next(told)[1]["step"]) == (4, 8)
+
+
 def test_the_images_of_what_is_cancelled_stay(
     http: httpx.Client, connection: Redis, store: Path
 ) -> None:
