@@ -4,9 +4,10 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from fastapi import Depends, Request
+from fastapi import Depends, Request, Security
+from fastapi.security import HTTPBearer
 
 from safelatent.jobs import OPEN
 from safelatent.schema import GenerationRequest, PolicyApplied
@@ -78,7 +79,13 @@ def _stamp(path: Path) -> tuple[int, int] | None:
     return status.st_mtime_ns, status.st_size
 
 
-async def _caller(request: Request) -> Caller:
+bearer = HTTPBearer(
+    auto_error=False,
+    description="An API key (`safelatent key new`); a service without a policy file needs none.",
+)
+
+
+async def _caller(request: Request, key: Annotated[Any, Security(bearer)]) -> Caller:
     callers: Callers = request.app.state.parts.callers
     return callers.caller(request.headers.get("authorization"))
 

@@ -169,6 +169,20 @@ def answer(error: SafelatentError, path: str) -> Response:
 Responses = dict[int | str, dict[str, Any]]
 
 
+def header(description: str, required: bool = True, **schema: Any) -> dict[str, Any]:
+    """A header of an answer in OpenAPI."""
+    schema = {"type": "string", **schema}
+    return {"description": description, "required": required, "schema": schema}
+
+
+SECONDS = {"type": "integer", "minimum": 0}
+HEADERS = {
+    401: {"WWW-Authenticate": header("`Bearer`")},
+    409: {"Retry-After": header("Seconds to wait", required=False, **SECONDS)},
+    503: {"Retry-After": header("Seconds to wait", required=False, **SECONDS)},
+}
+
+
 ANYWHERE: tuple[type[SafelatentError], ...] = (
     errors.MalformedHeader,
     errors.BodyTooLarge,
@@ -189,6 +203,8 @@ def documented(*kinds: type[SafelatentError]) -> Responses:
             "description": f"{before}; or: {kind.title}" if before else kind.title,
             "content": {"application/problem+json": schema},
         }
+        if headers := HEADERS.get(kind.status):
+            responses[kind.status]["headers"] = headers
     return responses
 
 

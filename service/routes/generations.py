@@ -23,7 +23,7 @@ from safelatent.schema import (
 from service import accept
 from service.auth import Caller, TheCaller
 from service.parts import Parts, TheParts
-from service.problems import documented
+from service.problems import documented, header
 from service.waiting import CANCEL, MAX_WAIT_S, preferred_wait, prefers_cancel
 from service.watching import EVENT, EVENTS, linked, watch
 
@@ -44,6 +44,8 @@ PREFER = {
     "schema": {"type": "string"},
     "example": "wait=60",
 }
+LOCATION = header("Path of the generation")
+APPLIED = header("What was understood of `Prefer`", required=False)
 ACCEPT = {
     "name": "Accept",
     "in": "header",
@@ -121,8 +123,12 @@ async def json_only(request: Request) -> None:
                 "text/event-stream": {"itemSchema": EVENT},
                 **{each: {} for each in accept.IMAGES},
             },
+            "headers": {"Location": LOCATION, "Preference-Applied": APPLIED},
         },
-        202: {"description": "Accepted; `Location` says where to look"},
+        202: {
+            "description": "Accepted; `Location` says where to look",
+            "headers": {"Location": LOCATION, "Preference-Applied": APPLIED},
+        },
         **documented(
             errors.MalformedBody,
             errors.MalformedHeader,
@@ -229,7 +235,11 @@ IMAGE_ERRORS = documented(
     summary="Fetch an image",
     response_class=Response,
     responses={
-        200: {"content": {"image/png": {}, "image/webp": {}, "image/jpeg": {}}},
+        200: {
+            "content": {"image/png": {}, "image/webp": {}, "image/jpeg": {}},
+            "headers": {"ETag": header("The image's sha256, in quotes")},
+        },
+        304: {"description": "`If-None-Match` has its `ETag`"},
         **IMAGE_ERRORS,
     },
 )

@@ -257,6 +257,8 @@ def test_sighup_reads_the_policy_again_and_nobody_is_dropped(
                 assert process.poll() is None
             assert http.get(here, headers=two).status_code == 200
             assert http.get(here, headers=one).status_code == 401
+            long = http.get(here, headers={"Authorization": "Bearer " + "k" * 10_000})
+            assert (long.status_code, long.headers["www-authenticate"]) == (401, "Bearer")
             file.write_text("name = ")
             process.send_signal(signal.SIGHUP)
             while "the old one stays in force" not in process.stderr.readline():
