@@ -20,7 +20,7 @@ from rq.exceptions import DeserializationError, InvalidJobOperation, NoSuchJobEr
 from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
 
-from safelatent import errors, events
+from safelatent import deliveries, errors, events
 from safelatent.schema import (
     SCHEMA_VERSION,
     Generation,
@@ -123,10 +123,12 @@ class Jobs:
         tenant: str = OPEN,
         policy: PolicyApplied | None = None,
         once: Once | None = None,
+        seal: str | None = None,
     ) -> Generation:
         """Queue a tenant's request, whose `model` and `seed` are filled in.
 
-        With `once` the first request of several is queued, and all get its generation.
+        With `once` the first request of several is queued, and all get its generation. `seal` goes
+        with a webhook: who delivers it sees by it that the URL came through the frontend.
         """
         assert request.model is not None and request.seed is not None
         queue = SafeQueue(
@@ -146,13 +148,15 @@ class Jobs:
                     result_ttl=KEPT_S,
                     failure_ttl=KEPT_S,
                     retry=Retry(max=RETRIES),
-                    meta={"tenant": tenant, "policy": policy and policy.model_dump()},
+                    meta={"tenant": tenant, "policy": policy and policy.model_dump(), "seal": seal},
                     pipeline=pipeline,
                 )
                 owned = OWNED.format(tenant)
                 pipeline.zadd(owned, {id: _microseconds(job)})
                 pipeline.zremrangebyscore(owned, "-inf", _microseconds(job) - KEPT_S * 1_000_000)
                 pipeline.expire(owned, 2 * KEPT_S)
+                if request.webhook is not None:
+                    deliveries.owe(pipeline, id, _microseconds(job))
                 if once:
                     pipeline.set(once.name(tenant), f"{once.fingerprint} {id}", ex=KEPT_S)
                 pipeline.execute()
@@ -193,6 +197,13 @@ class Jobs:
         with redis_errors():
             return self._generation(self._job(id, tenant))
 
+    def accepted(self, id: str) -> tuple[str, str, Generation]:
+        """Anybody's generation, for who delivers webhooks: its tenant, its seal, and itself."""
+        with redis_errors():
+            job = self._job(id)
+            tenant, seal = (str(job.meta.get(name)) for name in ("tenant", "seal"))
+            return tenant, seal, self._generation(job)
+
     def owned(
         self, tenant: str, after: tuple[int, str] | None, before_us: int
     ) -> Iterator[tuple[tuple[int, str], Generation]]:
@@ -230,6 +241,7 @@ class Jobs:
                 ) from error
             self.connection.zrem(OWNED.format(tenant), id)
             self.connection.delete(CANCELLED.format(id))
+            deliveries.forget(self.connection, id)
             events.publish_finished(self.connection, id)
 
     def cancel(self, id: str, tenant: str = OPEN) -> Generation:
@@ -289,13 +301,13 @@ class Jobs:
     def is_cancelled(self, id: str) -> bool:
         return bool(self.connection.exists(CANCELLED.format(id)))
 
-    def _job(self, id: str, tenant: str) -> SafeJob:
+    def _job(self, id: str, tenant: str | None = None) -> SafeJob:
         unknown = errors.NotFound(f"there is no generation {id!r}, or it has expired")
         try:
             job = SafeJob.fetch(id, self.connection, serializer=JSONSerializer)
         except (NoSuchJobError, ValueError, KeyError) as error:
             raise unknown from error
-        if job.meta.get("tenant") != tenant:
+        if tenant not in (None, job.meta.get("tenant")):
             raise unknown
         return job  # type: ignore[return-value]
 
@@ -314,6 +326,8 @@ class Jobs:
             request=request,
             policy=job.meta.get("policy"),
         )
+        if request.webhook is not None:
+            generation.webhook = deliveries.delivery(self.connection, job.id, request.webhook)
         match status:
             case Status.QUEUED:
                 queue = SafeQueue(job.origin, self.connection, serializer=JSONSerializer)
