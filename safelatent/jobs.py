@@ -335,7 +335,12 @@ class Jobs:
             case Status.RUNNING:
                 generation.progress = events.progress(self.connection, job.id)
             case Status.SUCCEEDED:
-                result = Result.model_validate(job.return_value())
+                try:
+                    result = Result.model_validate(job.return_value())
+                except (ValueError, TypeError):  # forged, or of a version that is not known
+                    generation.status = Status.FAILED
+                    generation.error = errors.InternalError("its result cannot be read").problem
+                    return generation
                 for field in Result.model_fields:
                     setattr(generation, field, getattr(result, field))
             case Status.FAILED:
