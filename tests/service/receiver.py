@@ -17,7 +17,7 @@ from safelatent.jobs import Jobs
 from service.webhooks.deliverer import Deliverer
 from service.webhooks.settings import Settings
 
-PATIENCE_S = 60
+PATIENCE_S = 120
 SECRET = "whsec_" + base64.b64encode(b"canary-" * 4).decode()
 
 

@@ -27,6 +27,7 @@ from safelatent.jobs import TASK
 from safelatent.schema import Status
 from service.app import create_app
 from service.settings import Settings
+from service.webhooks import deliverer
 from tests.service.played import CARD, result, serving, work
 from tests.service.receiver import (
     PATIENCE_S,
@@ -149,8 +150,15 @@ def test_a_receiver_that_is_down_gets_it_when_it_is_back(
 
 
 def test_a_receiver_that_drips_is_cut_off_and_holds_up_nobody(
-    http: httpx.Client, connection: Redis, redis_url: str, receiver: Receiver
+    http: httpx.Client,
+    connection: Redis,
+    redis_url: str,
+    receiver: Receiver,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(deliverer, "AT_ONCE", 4)
+    monkeypatch.setattr(deliverer, "AT_ONCE_PER_HOST", 2)
+
     def drip(handler: BaseHTTPRequestHandler) -> None:
         try:
             while True:
@@ -164,8 +172,9 @@ def test_a_receiver_that_drips_is_cut_off_and_holds_up_nobody(
         Receiver() as quick,
         delivering(redis_url, [SECRET], webhook_timeout_s=3, webhook_retry_s=[100]),
     ):
-        slow = [ask(http, receiver.url) for _ in range(12)]
+        slow = [ask(http, receiver.url) for _ in range(8)]
         work(connection, result)
+        receiver.await_calls(2)
         id = ask(http, quick.url)
         work(connection, result)
         await_delivery(http, id, "delivered")
