@@ -14,6 +14,7 @@ SafelatentError
 │   ├── UnsupportedMediaType   415
 │   ├── MethodNotAllowed       405
 │   ├── Unauthorized           401  no API key, or none that is valid
+│   ├── BadSignature           401  a webhook's call is not genuine (`safelatent.webhooks`)
 │   ├── Forbidden              403  the tenant's policy does not allow it
 │   ├── NotFinished            409  the generation has no images yet, or never will
 │   └── NotFound               404
@@ -169,6 +170,13 @@ class Unauthorized(RequestError):
 
     status = 401
     title = "An API key is needed"
+
+
+class BadSignature(RequestError):
+    """A webhook's call is not signed with the receiver's secret, or is too old."""
+
+    status = 401
+    title = "The webhook's call is not genuine"
 
 
 class Forbidden(RequestError):

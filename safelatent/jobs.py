@@ -20,7 +20,7 @@ from rq.exceptions import DeserializationError, InvalidJobOperation, NoSuchJobEr
 from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
 
-from safelatent import errors, events
+from safelatent import deliveries, errors, events
 from safelatent.schema import (
     SCHEMA_VERSION,
     Generation,
@@ -125,11 +125,13 @@ class Jobs:
         policy: PolicyApplied | None = None,
         once: Once | None = None,
         kept_s: int = KEPT_S,
+        seal: str | None = None,
     ) -> Generation:
         """Queue a tenant's request, whose `model` and `seed` are filled in.
 
         With `once` the first request of several is queued, and all get its generation. `kept_s`
-        is how long it can be fetched after its end.
+        is how long it can be fetched after its end. `seal` goes with a webhook: who delivers it
+        sees by it that the URL came through the frontend.
         """
         assert request.model is not None and request.seed is not None
         queue = SafeQueue(
@@ -149,7 +151,7 @@ class Jobs:
                     result_ttl=kept_s,
                     failure_ttl=kept_s,
                     retry=Retry(max=RETRIES),
-                    meta={"tenant": tenant, "policy": policy and policy.model_dump()},
+                    meta={"tenant": tenant, "policy": policy and policy.model_dump(), "seal": seal},
                     pipeline=pipeline,
                 )
                 owned = OWNED.format(tenant)
@@ -158,6 +160,8 @@ class Jobs:
                 oldest = _microseconds(job) - listed_s * 1_000_000
                 pipeline.zremrangebyscore(owned, "-inf", oldest)
                 pipeline.expire(owned, 2 * listed_s)
+                if request.webhook is not None:
+                    deliveries.owe(pipeline, id, _microseconds(job))
                 if once:
                     pipeline.set(once.name(tenant), f"{once.fingerprint} {id}", ex=KEPT_S)
                 pipeline.execute()
@@ -197,6 +201,13 @@ class Jobs:
         """The generation as it stands; NotFound for an id that is unknown, expired or another's."""
         with redis_errors():
             return self._generation(self._job(id, tenant))
+
+    def accepted(self, id: str) -> tuple[str, str, Generation]:
+        """Anybody's generation, for who delivers webhooks: its tenant, its seal, and itself."""
+        with redis_errors():
+            job = self._job(id)
+            tenant, seal = (str(job.meta.get(name)) for name in ("tenant", "seal"))
+            return tenant, seal, self._generation(job)
 
     def owned(
         self, tenant: str, after: tuple[int, str] | None, before_us: int
@@ -248,6 +259,7 @@ class Jobs:
                 ) from error
             self.connection.zrem(OWNED.format(tenant), id)
             self.connection.delete(CANCELLED.format(id), events.IMAGES.format(id))
+            deliveries.forget(self.connection, id)
             events.publish_finished(self.connection, id)
 
     def cancel(self, id: str, tenant: str = OPEN) -> Generation:
@@ -309,13 +321,13 @@ class Jobs:
     def is_cancelled(self, id: str) -> bool:
         return bool(self.connection.exists(CANCELLED.format(id)))
 
-    def _job(self, id: str, tenant: str) -> SafeJob:
+    def _job(self, id: str, tenant: str | None = None) -> SafeJob:
         unknown = errors.NotFound(f"there is no generation {id!r}, or it has expired")
         try:
             job = SafeJob.fetch(id, self.connection, serializer=JSONSerializer)
         except (NoSuchJobError, ValueError, KeyError) as error:
             raise unknown from error
-        if job.meta.get("tenant") != tenant:
+        if tenant not in (None, job.meta.get("tenant")):
             raise unknown
         return job  # type: ignore[return-value]
 
@@ -334,6 +346,8 @@ class Jobs:
             request=request,
             policy=job.meta.get("policy"),
         )
+        if request.webhook is not None:
+            generation.webhook = deliveries.delivery(self.connection, job.id, request.webhook)
         match status:
             case Status.QUEUED:
                 queue = SafeQueue(job.origin, self.connection, serializer=JSONSerializer)
@@ -341,7 +355,12 @@ class Jobs:
             case Status.RUNNING:
                 generation.progress = events.progress(self.connection, job.id)
             case Status.SUCCEEDED:
-                result = Result.model_validate(job.return_value())
+                try:
+                    result = Result.model_validate(job.return_value())
+                except (ValueError, TypeError):  # forged, or of a version that is not known
+                    generation.status = Status.FAILED
+                    generation.error = errors.InternalError("its result cannot be read").problem
+                    return generation
                 for field in Result.model_fields:
                     setattr(generation, field, getattr(result, field))
             case Status.FAILED:

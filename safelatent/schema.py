@@ -27,6 +27,7 @@ MAX_STEPS = 500
 MAX_SIZE = 2048
 MAX_TEXT = 10_000
 MAX_METADATA_BYTES = 16_000
+MAX_URL = 2_000
 
 Scheduler = Literal[
     "ddim",
@@ -128,6 +129,8 @@ class GenerationRequest(_Request):
         Field(default_factory=dict)
     )
     """The caller's own labels, echoed in the answer; 16 kB at most."""
+    webhook: Annotated[str, StringConstraints(min_length=1, max_length=MAX_URL)] | None = None
+    """An https URL that gets the generation as a signed POST when it has ended."""
 
     @field_validator("prompt")
     @classmethod
@@ -378,6 +381,18 @@ class Result(_Response):
     error: Problem | None = None
 
 
+class Delivery(_Response):
+    """How far a webhook has come."""
+
+    url: str
+    status: Literal["pending", "delivered", "failed"] = "pending"
+    attempts: int = 0
+    last_status: int | None = None
+    """HTTP status of the receiver's last answer."""
+    last_error: str | None = None
+    next_attempt_at: datetime | None = None
+
+
 class Generation(_Response):
     """A generation, from the queue to its images."""
 
@@ -401,6 +416,8 @@ class Generation(_Response):
     """Null for a service without a policy file."""
     timings: Timings | None = None
     error: Problem | None = None
+    webhook: Delivery | None = None
+    """Null without a webhook, and in the webhook's own body."""
     links: dict[str, str] = Field(default_factory=dict)
 
 

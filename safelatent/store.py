@@ -8,7 +8,7 @@ from obstore.store import LocalStore, ObjectStore, from_url
 
 from safelatent import errors
 
-KEY = re.compile(r"[A-Za-z0-9_-]{1,64}/[A-Za-z0-9_.-]{1,64}")
+KEY = re.compile(r"[A-Za-z0-9_-]{1,64}/[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
 class Store:

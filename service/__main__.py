@@ -48,7 +48,7 @@ def main() -> None:
         settings = Settings()  # type: ignore[call-arg]
         app = create_app(settings)
     except ValidationError as error:
-        sys.exit(f"service: {_sentence(error)}")
+        sys.exit(f"service: {sentence(error)}")
     except (UnusablePolicy, ValueError, OSError) as error:
         sys.exit(f"service: {error}")
     config = configured(app, settings)
@@ -60,7 +60,7 @@ def main() -> None:
     Server(config).run()
 
 
-def _sentence(error: ValidationError) -> str:
+def sentence(error: ValidationError) -> str:
     first = error.errors()[0]
     if not first["loc"]:
         return first["msg"].removeprefix("Value error, ")

@@ -54,10 +54,15 @@ def create_app(settings: Settings) -> FastAPI:
         version="1",
         lifespan=lifespan,
         redirect_slashes=False,
+        webhooks=generations.webhooks,
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
     )
     app.state.parts = Parts(
-        settings, jobs, Store(settings.store_url), waiting, Callers(settings.policy_file)
+        settings,
+        jobs,
+        Store(settings.store_url),
+        waiting,
+        Callers(settings.policy_file, settings.open_tenant),
     )
     app.add_middleware(Head)
     app.add_middleware(BodyLimit)

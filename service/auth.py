@@ -36,9 +36,10 @@ class Caller:
 class Callers:
     """The policy file, read again when it changes; a change that is no policy keeps the old one."""
 
-    def __init__(self, path: Path | None):
+    def __init__(self, path: Path | None, open_tenant: Tenant | None = None):
         """Raises UnusablePolicy for a file that cannot be used."""
         self.path = path
+        self.open_tenant = open_tenant or Tenant()
         self._policy: Policy | None = None
         self._stamp: tuple[int, int] | None = None
         if path is not None:
@@ -48,10 +49,18 @@ class Callers:
     def caller(self, authorization: str | None) -> Caller:
         """Who an Authorization header names; Unauthorized when nobody."""
         if self.path is None or self._policy is None:
-            return Caller(OPEN, Tenant())
+            return Caller(OPEN, self.open_tenant)
         self._follow(self.path)
         tenant = self._policy.tenant_of(authorization)
         return Caller(tenant, self._policy.tenants[tenant], self._policy.name, self._sha256)
+
+    def webhook_secrets(self, tenant: str) -> list[str]:
+        """What a tenant's webhooks are signed with; the first is the newest."""
+        rights: Tenant | None = self.open_tenant
+        if self.path is not None and self._policy is not None:
+            self._follow(self.path)
+            rights = self._policy.tenants.get(tenant)
+        return [each.get_secret_value() for each in rights.webhook_secrets] if rights else []
 
     def _follow(self, path: Path) -> None:
         stamp = _stamp(path)

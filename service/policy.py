@@ -12,6 +12,7 @@ Keys are random, so their plain sha256 in the file gives nothing away.
 
 import hashlib
 import hmac
+import os
 import tomllib
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,14 +20,16 @@ from typing import Annotated, Literal, Self
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
+    SecretStr,
     StringConstraints,
     ValidationError,
     model_validator,
 )
 
-from safelatent import errors
+from safelatent import errors, webhooks
 from safelatent.jobs import KEPT_S
 from safelatent.safety import CONCEPT, LEVELS, Level, SafetyParameters
 from safelatent.schema import (
@@ -61,6 +64,29 @@ class Key(_Part):
     revoked: bool = False
 
 
+def webhook_secret(secret: str) -> SecretStr:
+    """A secret that webhooks can be signed with; ValueError, which does not show it."""
+    webhooks.key_of(secret)
+    return SecretStr(secret)
+
+
+def _referred(reference: object) -> SecretStr:
+    """The secret in `env:NAME` or `file:/path`: policy files hold none themselves."""
+    if isinstance(reference, SecretStr):
+        return reference
+    kind, _, where = str(reference).partition(":")
+    try:
+        if kind == "env":
+            return webhook_secret(os.environ[where].strip())
+        if kind == "file":
+            return webhook_secret(Path(where).read_text().strip())
+    except KeyError:
+        raise ValueError(f"there is no environment variable {where}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {where}: {error}") from None
+    raise ValueError("should be env:NAME or file:/path, where the secret is")
+
+
 class Tenant(_Part):
     """One caller's rights. The defaults are the service's own limits."""
 
@@ -83,6 +109,9 @@ class Tenant(_Part):
     priorities: list[Priority] = ["high", "normal", "low"]
     retention_s: Annotated[int, Field(ge=60, le=30 * 24 * 3600)] = KEPT_S
     """How long its generations are kept after their end, images and reports."""
+    webhook_secrets: list[Annotated[SecretStr, BeforeValidator(_referred)]] = []
+    """`env:NAME` or `file:/path` of what signs its webhooks, the newest first: while a secret is
+    changed there are two. They are read when the policy file is. Without one, no webhooks."""
 
     @model_validator(mode="after")
     def _leaves_a_level(self) -> Self:
@@ -127,7 +156,8 @@ def load(path: Path) -> tuple[Policy, str]:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
         # Whoever pastes a key where its hash belongs must not read it again in a log.
-        seen = "" if "keys" in first["loc"] else f" (got {first['input']!r:.200})"
+        secret = {"keys", "webhook_secrets"} & set(first["loc"])
+        seen = "" if secret else f" (got {first['input']!r:.200})"
         raise UnusablePolicy(f"{path}: {field}: {first['msg']}{seen}") from None
     return policy, hashlib.sha256(content).hexdigest()
 

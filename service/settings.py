@@ -3,11 +3,13 @@
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from safelatent.defaults import DEFAULT_MODEL, DEFAULT_STORE_URL, model_id
 from service.cors import ORIGIN
+from service.policy import Tenant, webhook_secret
+from service.webhooks.addresses import Allowed
 
 
 class Settings(BaseSettings):
@@ -36,6 +38,23 @@ class Settings(BaseSettings):
     """Requests that one process serves at once, streams of events included."""
     open: bool = False
     """Serve everybody who reaches a port that is not on loopback."""
+    webhook_secret: SecretStr | None = None
+    """`whsec_...` that signs webhooks where there is no policy file, which else names them."""
+    webhook_allow: str = ""
+    """Host names and networks, with commas between, that webhooks may reach although they are
+    private, and by http: `localhost, 10.0.0.0/8`."""
+
+    @field_validator("webhook_secret")
+    @classmethod
+    def _is_secret(cls, secret: SecretStr | None) -> SecretStr | None:
+        text = secret.get_secret_value() if secret else ""
+        return webhook_secret(text) if text else None  # Compose passes on what is not set as ""
+
+    @field_validator("webhook_allow")
+    @classmethod
+    def _can_be_read(cls, text: str) -> str:
+        Allowed.parse(text)
+        return text
 
     @field_validator("cors_origins", mode="before")
     @classmethod
@@ -57,6 +76,11 @@ class Settings(BaseSettings):
             "name a policy file with API keys in SAFELATENT_POLICY_FILE (`safelatent key new` "
             "makes one), or set SAFELATENT_OPEN=1 where something else guards the port"
         )
+
+    @property
+    def open_tenant(self) -> Tenant:
+        """Everybody's rights where there is no policy file."""
+        return Tenant(webhook_secrets=[self.webhook_secret] if self.webhook_secret else [])
 
     @property
     def model_id(self) -> str:

@@ -82,7 +82,7 @@ class Output:
             if name == "ready":
                 print(line, flush=True)
             else:
-                print(f"{name:7} | {line}" if name else line, file=sys.stderr, flush=True)
+                print(f"{name:8} | {line}" if name else line, file=sys.stderr, flush=True)
         except OSError:
             self.closed.set()
 

@@ -172,7 +172,7 @@ def capabilities(parts: TheParts, caller: TheCaller) -> Capabilities:
         image_formats=list(get_args(ImageFormat)),
         telemetry=list(get_args(Telemetry)),
         priorities=list(rights.priorities),
-        features=FEATURES,
+        features=[*FEATURES, *(["webhooks"] if rights.webhook_secrets else [])],
     )
 
 

@@ -20,13 +20,16 @@ from safelatent.schema import (
     LoadedModel,
     Status,
 )
+from safelatent.webhooks import Event
 from service import accept
 from service.auth import Caller, TheCaller
 from service.parts import Parts, TheParts
 from service.problems import documented, header
 from service.waiting import CANCEL, MAX_WAIT_S, preferred_wait, prefers_cancel
 from service.watching import EVENT, EVENTS, linked, watch
+from service.webhooks.addresses import Allowed, Refused, checked, sealed
 
+webhooks = APIRouter()
 router = APIRouter(
     tags=["generations"], responses=documented(errors.Unauthorized, errors.Forbidden)
 )
@@ -220,6 +223,11 @@ def cancel(id: Id, parts: TheParts, caller: TheCaller) -> Generation:
     return linked(parts.jobs.cancel(id, caller.tenant))
 
 
+@webhooks.post("generation-ended", status_code=204, tags=["generations"])
+def ended(event: Event) -> None:
+    """What a request's `webhook` is sent, by Standard Webhooks (docs/webhooks.md)."""
+
+
 IMAGE_ERRORS = documented(
     errors.NotFound,
     errors.ImageBlocked,
@@ -373,7 +381,26 @@ def submit(
 ) -> Generation:
     """Queue what a caller asks for, as its policy allows it."""
     request, policy = caller.tighten(_complete(asked, parts))
-    return parts.jobs.submit(request, caller.tenant, policy, once, kept_s=caller.rights.retention_s)
+    seal = None if request.webhook is None else _seal(request.webhook, parts, caller)
+    return parts.jobs.submit(
+        request, caller.tenant, policy, once, kept_s=caller.rights.retention_s, seal=seal
+    )
+
+
+def _seal(url: str, parts: Parts, caller: Caller) -> str:
+    """Let a webhook's URL pass, or refuse it. It may hold a token, so it is not echoed."""
+    secrets = parts.callers.webhook_secrets(caller.tenant)
+    try:
+        if not secrets:
+            raise Refused(
+                "cannot be signed: the operator sets SAFELATENT_WEBHOOK_SECRET, or a tenant's "
+                "webhook_secrets in the policy file"
+            )
+        checked(url, Allowed.parse(parts.settings.webhook_allow))
+    except Refused as refused:
+        wrong = FieldError(field="webhook", message=str(refused))
+        raise errors.InvalidRequest(f"webhook: {refused}", errors=[wrong]) from refused
+    return sealed(url, secrets[0])
 
 
 def _complete(asked: GenerationRequest, parts: Parts) -> GenerationRequest:

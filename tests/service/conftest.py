@@ -11,12 +11,19 @@ from redis import Redis
 from service.app import create_app
 from service.settings import Settings
 from tests.service.played import CARD, serving
+from tests.service.receiver import SECRET
 
 
 @pytest.fixture(scope="session")
 def app(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> FastAPI:
     store = tmp_path_factory.mktemp("store")
-    settings = Settings(redis_url=redis_url, model="tiny", store_url=f"file://{store}")
+    settings = Settings(
+        redis_url=redis_url,
+        model="tiny",
+        store_url=f"file://{store}",
+        webhook_secret=SECRET,
+        webhook_allow="127.0.0.0/8",
+    )
     app = create_app(settings)
     # A waiter that is never woken must be seen to wait, not be saved by its next look.
     app.state.parts.waiting.look_every_s = 1000

@@ -1,0 +1,1 @@
+"""Delivers webhooks, in a process of its own: `python -m service.webhooks`."""
