@@ -9,6 +9,7 @@ import hashlib
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
@@ -19,6 +20,8 @@ from rq.command import send_stop_execution_command
 from rq.exceptions import DeserializationError, InvalidJobOperation, NoSuchJobError
 from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
+from rq.utils import str_to_date
+from rq.worker_registration import REDIS_WORKER_KEYS
 
 from safelatent import errors, events
 from safelatent.schema import (
@@ -123,10 +126,12 @@ class Jobs:
         tenant: str = OPEN,
         policy: PolicyApplied | None = None,
         once: Once | None = None,
+        carried: dict[str, str] | None = None,
     ) -> Generation:
         """Queue a tenant's request, whose `model` and `seed` are filled in.
 
-        With `once` the first request of several is queued, and all get its generation.
+        With `once` the first request of several is queued, and all get its generation. `carried`
+        goes into the job's meta: the request's id and trace, for the worker's log and spans.
         """
         assert request.model is not None and request.seed is not None
         queue = SafeQueue(
@@ -146,7 +151,11 @@ class Jobs:
                     result_ttl=KEPT_S,
                     failure_ttl=KEPT_S,
                     retry=Retry(max=RETRIES),
-                    meta={"tenant": tenant, "policy": policy and policy.model_dump()},
+                    meta={
+                        **(carried or {}),
+                        "tenant": tenant,
+                        "policy": policy and policy.model_dump(),
+                    },
                     pipeline=pipeline,
                 )
                 owned = OWNED.format(tenant)
@@ -274,6 +283,36 @@ class Jobs:
             counts[model] = counts.get(model, 0) + 1
         return counts
 
+    def slots(self) -> dict[str, int]:
+        """Model id -> slots of the worker processes that hold it warm now."""
+        with redis_errors():
+            now, _ = self.connection.time()
+            alive: Any = self.connection.zrangebyscore(WORKERS, now, "+inf")
+            registered: Any = self.connection.smembers(REDIS_WORKER_KEYS)
+        models = dict(member.decode().split(" ", 1) for member in alive)
+        counts = dict.fromkeys(models.values(), 0)
+        for key in registered:  # rq:worker:<worker>-<number>
+            worker = key.decode().rpartition(":")[2].rpartition("-")[0]
+            if worker in models:
+                counts[models[worker]] += 1
+        return counts
+
+    def backlog(self) -> dict[tuple[str, str], tuple[int, datetime | None]]:
+        """(Model id, priority) -> how many generations wait, and when the next one was created."""
+        found: dict[tuple[str, str], tuple[int, datetime | None]] = {}
+        with redis_errors():
+            for queue in SafeQueue.all(self.connection, serializer=JSONSerializer):
+                model, _, priority = queue.name.rpartition(":")
+                if priority not in PRIORITIES:
+                    continue
+                with self.connection.pipeline(transaction=False) as pipeline:
+                    pipeline.llen(queue.key)
+                    pipeline.lindex(queue.key, 0)
+                    count, first = pipeline.execute()
+                created = first and self.connection.hget(Job.key_for(first.decode()), "created_at")
+                found[model, priority] = count, _date(created)
+        return found
+
     def announce(self, worker: str, model: Model, ttl_s: int) -> None:
         """Say that a worker process holds a warm model. Redis' own clock decides when it lapses."""
         now, _ = self.connection.time()
@@ -329,6 +368,13 @@ class Jobs:
                     "the worker failed unexpectedly; its log says more"
                 ).problem
         return generation
+
+
+def _date(text: Any) -> datetime | None:
+    try:
+        return str_to_date(text) if text else None
+    except ValueError:  # forged
+        return None
 
 
 def _microseconds(job: Job) -> int:

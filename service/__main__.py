@@ -5,8 +5,10 @@ import socket
 import sys
 
 import uvicorn
+from prometheus_client import start_http_server
 from pydantic import ValidationError
 
+from safelatent import logs, traces
 from service.app import create_app
 from service.parts import Parts
 from service.policy import UnusablePolicy
@@ -27,7 +29,12 @@ class Server(uvicorn.Server):
 def main() -> None:
     try:
         settings = Settings()  # type: ignore[call-arg]
+        logs.configure(settings.log_level, settings.log_format)
+        traces.configure("safelatent-service")
         app = create_app(settings)
+        if settings.metrics_port:
+            registry = app.state.parts.metrics.registry
+            start_http_server(settings.metrics_port, settings.metrics_host, registry)
     except ValidationError as error:
         sys.exit(f"service: {_sentence(error)}")
     except (UnusablePolicy, ValueError, OSError) as error:
@@ -36,7 +43,8 @@ def main() -> None:
         app,
         host=settings.host,
         port=settings.port,
-        access_log=False,
+        access_log=False,  # service/observing.py has a line for each request
+        log_config=None,
         server_header=False,
         timeout_graceful_shutdown=GRACE_S,
     )

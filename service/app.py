@@ -14,6 +14,8 @@ from safelatent.store import Store
 from service import problems
 from service.auth import Callers
 from service.body import BodyLimit
+from service.metrics import Metrics
+from service.observing import Observed
 from service.parts import Parts
 from service.request_id import RequestId
 from service.routes import collection, generations, openai, operations
@@ -32,6 +34,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     jobs = Jobs(redis)
     waiting = Waiting(settings.redis_url, jobs)
+    metrics = Metrics(jobs)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -50,11 +53,13 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
         redirect_slashes=False,
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
+        telemetry={"metrics": False, "logs": False, "operation_spans": False},
     )
     app.state.parts = Parts(
-        settings, jobs, Store(settings.store_url), waiting, Callers(settings.policy_file)
+        settings, jobs, Store(settings.store_url), waiting, Callers(settings.policy_file), metrics
     )
     app.add_middleware(BodyLimit)
+    app.add_middleware(Observed, metrics=metrics)
     app.add_middleware(RequestId)  # the last is the outermost
     problems.install(app)
     app.include_router(generations.router)

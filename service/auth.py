@@ -11,6 +11,7 @@ from fastapi import Depends, Request
 from safelatent.jobs import OPEN
 from safelatent.schema import GenerationRequest, PolicyApplied
 from service import policy
+from service.observing import note
 from service.policy import Policy, Tenant
 
 log = logging.getLogger("uvicorn.error")
@@ -74,7 +75,9 @@ def _stamp(path: Path) -> tuple[int, int] | None:
 
 async def _caller(request: Request) -> Caller:
     callers: Callers = request.app.state.parts.callers
-    return callers.caller(request.headers.get("authorization"))
+    caller = callers.caller(request.headers.get("authorization"))
+    note(tenant=caller.tenant)
+    return caller
 
 
 TheCaller = Annotated[Caller, Depends(_caller)]

@@ -1,5 +1,8 @@
 """No body larger than the service reads reaches a route."""
 
+import asyncio
+from contextlib import suppress
+
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -7,10 +10,14 @@ from safelatent.errors import BodyTooLarge
 from service import problems
 
 MAX_BODY = 1024 * 1024
+DRAINED = 16 * MAX_BODY
+DRAIN_S = 5.0
+"""How much more is read and dropped, and for how long, before a body that is too large is refused:
+who still sends when the connection closes gets a reset in the place of the answer."""
 
 
 class BodyLimit:
-    """Read a request's body before its route does, and answer 413 as soon as it is too large.
+    """Read a request's body before its route does, and answer 413 to one that is too large.
 
     Pure ASGI. Starlette's own limit answers text/plain, and ours are all problems.
     """
@@ -31,6 +38,7 @@ class BodyLimit:
                 break
             size = max(size, sum(len(each["body"]) for each in messages))
         else:
+            await _drain(receive)
             error = BodyTooLarge(f"the body has more than {MAX_BODY} bytes, the most that is read")
             response = problems.answer(error, scope["path"])
             response.headers["Connection"] = "close"  # what follows on it is the unread rest
@@ -40,3 +48,14 @@ class BodyLimit:
             return messages.pop(0) if messages else await receive()
 
         await self.app(scope, replay, send)
+
+
+async def _drain(receive: Receive) -> None:
+    left = DRAINED
+    with suppress(TimeoutError):
+        async with asyncio.timeout(DRAIN_S):
+            while left > 0:
+                message = await receive()
+                left -= len(message.get("body", b""))
+                if not message.get("more_body"):
+                    return

@@ -6,6 +6,7 @@ from typing import Self
 from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from safelatent import logs
 from safelatent.defaults import DEFAULT_MODEL, DEFAULT_STORE_URL, model_id
 
 
@@ -31,6 +32,12 @@ class Settings(BaseSettings):
     """TOML with tenants, their keys and what they may ask for (service/policy.py)."""
     open: bool = False
     """Serve everybody who reaches a port that is not on loopback."""
+    metrics_host: str = "127.0.0.1"
+    metrics_port: int = Field(default=0, ge=0, le=65535)
+    """Where /metrics is served for Prometheus alone; 0 is nowhere."""
+    log_level: logs.Level = "INFO"
+    log_format: logs.Format | None = None
+    """json or console; unset is console on a terminal and json elsewhere."""
 
     @model_validator(mode="after")
     def _guarded(self) -> Self:

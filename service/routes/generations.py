@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Depends, Path, Request, Response
 from starlette.concurrency import run_in_threadpool
 
-from safelatent import errors
+from safelatent import errors, logs, traces
 from safelatent.jobs import Once
 from safelatent.schema import (
     MAX_IMAGES,
@@ -22,6 +22,7 @@ from safelatent.schema import (
 )
 from service import accept
 from service.auth import Caller, TheCaller
+from service.observing import note
 from service.parts import Parts, TheParts
 from service.problems import documented
 from service.waiting import CANCEL, MAX_WAIT_S, preferred_wait, prefers_cancel
@@ -358,7 +359,11 @@ def submit(
 ) -> Generation:
     """Queue what a caller asks for, as its policy allows it."""
     request, policy = caller.tighten(_complete(asked, parts))
-    return parts.jobs.submit(request, caller.tenant, policy, once)
+    carried = {"request_id": logs.fields().get("request_id", ""), **traces.carried()}
+    generation = parts.jobs.submit(request, caller.tenant, policy, once, carried)
+    note(generation_id=generation.id)
+    parts.metrics.saw_submitted(request.model, caller.tenant, request.safety.level)
+    return generation
 
 
 def _complete(asked: GenerationRequest, parts: Parts) -> GenerationRequest:
