@@ -46,6 +46,13 @@ class Metrics:
         ) -> Histogram:
             return Histogram(f"safelatent_{name}", said, labels, buckets=buckets, registry=registry)
 
+        self.model = Gauge(
+            "safelatent_worker_info",
+            "Which model this worker holds; always 1.",
+            ["model", "revision"],
+            registry=registry,
+        )
+
         # The batch.
         self.rows = histogram(
             "denoiser_call_rows", "Rows of a call of the denoiser: its batch size.", ROWS

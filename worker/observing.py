@@ -43,6 +43,7 @@ class Observer:
         """Time an engine's calls. A step is from its first call of the denoiser to its end, because
         a GPU is still at work when a call returns."""
         family, checks, seconds = engine.family, engine.checks, self.metrics.phase
+        self.metrics.model.labels(family.model.id, family.model.revision).set(1)
         for place, name, phase in (
             (family, "encode", "encode"),
             (family, "decode", "decode"),

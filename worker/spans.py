@@ -32,8 +32,9 @@ class _Times:
 
 
 class Spans:
-    def __init__(self) -> None:
-        self._tracer = trace.get_tracer("safelatent.worker")
+    def __init__(self, provider: trace.TracerProvider | None = None):
+        self.provider = provider or trace.get_tracer_provider()
+        self._tracer = self.provider.get_tracer("safelatent.worker")
         self._times: dict[str, _Times] = {}
 
     @contextmanager

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -15,11 +16,14 @@ from redis import Redis
 from rq.job import Job
 from rq.serializers import JSONSerializer
 
-from safelatent import jobs
+from safelatent import jobs, traces
 from safelatent.jobs import Jobs
 from safelatent.schema import Blocked, Check, GenerationRequest
 from safelatent.store import Store
+from service.app import create_app
+from service.settings import Settings
 from tests.conftest import Log
+from tests.service.played import serving
 from tests.worker.running import load, make, spec
 from worker import spans, tasks
 from worker.checks import Checks
@@ -28,6 +32,7 @@ from worker.families.stable_diffusion import StableDiffusion
 from worker.metrics import Metrics
 from worker.observing import Observer
 from worker.report import Telemetry
+from worker.spans import Spans
 
 CANARY = "canary in a coal mine"
 
@@ -173,9 +178,27 @@ def test_a_job_that_is_no_request_does_not_tell_its_prompt(desk, monkeypatch, lo
 def exported(observer: Observer) -> Iterator[InMemorySpanExporter]:
     exporter, provider = InMemorySpanExporter(), TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
-    observer.spans._tracer = provider.get_tracer("test")
+    observer.spans = Spans(provider)
     yield exporter
     provider.shutdown()
+
+
+def test_one_trace_goes_from_http_to_the_pictures(
+    desk, monkeypatch, exported: InMemorySpanExporter, redis_url: str
+) -> None:
+    assert traces.carried() == {}
+    monkeypatch.setattr(trace, "_TRACER_PROVIDER", desk.observer.spans.provider)
+    settings = Settings(redis_url=redis_url, model="tiny", store_url="memory:///")
+    body = {"prompt": CANARY, "steps": 12}
+    with serving(create_app(settings)) as url:
+        id = httpx.post(f"{url}/generate", json=body, headers={"X-Request-ID": "r"}).json()["id"]
+    job = Job.fetch(id, desk.jobs.connection, serializer=JSONSerializer)
+    assert job.meta["request_id"] == "r"
+    monkeypatch.setattr(tasks, "get_current_job", lambda: job)
+    tasks.generate(**job.kwargs)
+    found = exported.get_finished_spans()
+    assert {"POST /generate", "queue", "denoise", "decode"} <= {span.name for span in found}
+    assert len({span.context.trace_id for span in found}) == 1
 
 
 def test_the_spans_of_a_generation_are_in_the_trace_of_its_request(
