@@ -23,6 +23,9 @@ Level = Annotated[
 ]
 Format = Literal["json", "console"]
 
+OURS = ("safelatent", "service", "worker")
+"""Where the names of our loggers begin."""
+
 
 def configure(level: str = "INFO", format: Format | None = None) -> None:
     """Send every line to stderr: `json`, one object each, or `console`, for people.
@@ -43,9 +46,8 @@ def formatter(format: Format, colours: bool = False) -> logging.Formatter:
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
-        structlog.stdlib.ExtraAdder(),
+        _add_our_extra,
         structlog.processors.TimeStamper(fmt="iso", utc=True, key="at"),
-        _without_colours,
     ]
     if format == "json":
         last: list[Any] = [
@@ -65,7 +67,11 @@ def formatter(format: Format, colours: bool = False) -> logging.Formatter:
     )
 
 
-def _without_colours(logger: object, method: str, event: EventDict) -> EventDict:
-    """uvicorn sends each message twice, the second time with colours."""
-    event.pop("color_message", None)
+def _add_our_extra(logger: Any, method: str, event: EventDict) -> EventDict:
+    """The `extra` of our own lines alone: RQ puts a failed job's arguments, the prompt, there."""
+    if event["logger"].partition(".")[0] in OURS:
+        return _add_extra(logger, method, event)
     return event
+
+
+_add_extra = structlog.stdlib.ExtraAdder()
