@@ -66,18 +66,22 @@ def load(settings: Settings) -> Engine:
 
 def work(engine: Engine, settings: Settings, stop: threading.Event) -> None:
     """Serve until `stop`, then drain: running generations end, no new one starts."""
+    observer = Observer(settings.log_prompts)
+    if settings.metrics_port:
+        port, registry = settings.metrics_port, observer.metrics.registry
+        try:
+            start_http_server(port, settings.metrics_host, registry)
+        except OSError as error:
+            sys.exit(f"safelatent worker: cannot serve metrics on port {port}: {error.strerror}")
     connection: Redis = Redis.from_url(settings.redis_url, socket_connect_timeout=2)
     reporter = ProgressReporter(connection)
     engine.after_step = reporter.after_step
-    observer = Observer(settings.log_prompts)
     observer.watch(engine)
     tasks.desk = tasks.Desk(engine, Store(settings.store_url), Jobs(connection), observer)
     slots = Slots(settings.slots, engine.family.model, tasks.desk)
     observer.watch_slots(
         settings.slots, lambda: sum(s.work_in_hand is not None for s in slots.slots)
     )
-    if settings.metrics_port:
-        start_http_server(settings.metrics_port, settings.metrics_host, observer.metrics.registry)
 
     drained = threading.Event()
     thread = threading.Thread(target=engine.run, args=(drained,), name="engine")
