@@ -9,6 +9,7 @@ import hashlib
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from datetime import datetime
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
@@ -19,6 +20,8 @@ from rq.command import send_stop_execution_command
 from rq.exceptions import DeserializationError, InvalidJobOperation, NoSuchJobError
 from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
+from rq.utils import str_to_date
+from rq.worker_registration import REDIS_WORKER_KEYS
 
 from safelatent import deliveries, errors, events
 from safelatent.schema import (
@@ -125,13 +128,13 @@ class Jobs:
         policy: PolicyApplied | None = None,
         once: Once | None = None,
         kept_s: int = KEPT_S,
-        seal: str | None = None,
+        carried: dict[str, str] | None = None,
     ) -> Generation:
         """Queue a tenant's request, whose `model` and `seed` are filled in.
 
         With `once` the first request of several is queued, and all get its generation. `kept_s`
-        is how long it can be fetched after its end. `seal` goes with a webhook: who delivers it
-        sees by it that the URL came through the frontend.
+        is how long it can be fetched after its end. `carried` goes into the job's meta: the
+        request's id and trace for the worker's log and spans, and the seal of its webhook.
         """
         assert request.model is not None and request.seed is not None
         queue = SafeQueue(
@@ -151,7 +154,11 @@ class Jobs:
                     result_ttl=kept_s,
                     failure_ttl=kept_s,
                     retry=Retry(max=RETRIES),
-                    meta={"tenant": tenant, "policy": policy and policy.model_dump(), "seal": seal},
+                    meta={
+                        **(carried or {}),
+                        "tenant": tenant,
+                        "policy": policy and policy.model_dump(),
+                    },
                     pipeline=pipeline,
                 )
                 owned = OWNED.format(tenant)
@@ -306,6 +313,36 @@ class Jobs:
             counts[model] = counts.get(model, 0) + 1
         return counts
 
+    def slots(self) -> dict[str, int]:
+        """Model id -> slots of the worker processes that hold it warm now."""
+        with redis_errors():
+            now, _ = self.connection.time()
+            alive: Any = self.connection.zrangebyscore(WORKERS, now, "+inf")
+            registered: Any = self.connection.smembers(REDIS_WORKER_KEYS)
+        models = dict(member.decode().split(" ", 1) for member in alive)
+        counts = dict.fromkeys(models.values(), 0)
+        for key in registered:  # rq:worker:<worker>-<number>
+            worker = key.decode().rpartition(":")[2].rpartition("-")[0]
+            if worker in models:
+                counts[models[worker]] += 1
+        return counts
+
+    def backlog(self) -> dict[tuple[str, str], tuple[int, datetime | None]]:
+        """(Model id, priority) -> how many generations wait, and when the next one was created."""
+        found: dict[tuple[str, str], tuple[int, datetime | None]] = {}
+        with redis_errors():
+            for queue in SafeQueue.all(self.connection, serializer=JSONSerializer):
+                model, _, priority = queue.name.rpartition(":")
+                if priority not in PRIORITIES:
+                    continue
+                with self.connection.pipeline(transaction=False) as pipeline:
+                    pipeline.llen(queue.key)
+                    pipeline.lindex(queue.key, 0)
+                    count, first = pipeline.execute()
+                created = first and self.connection.hget(Job.key_for(first.decode()), "created_at")
+                found[model, priority] = count, _date(created)
+        return found
+
     def announce(self, worker: str, model: Model, ttl_s: int) -> None:
         """Say that a worker process holds a warm model. Redis' own clock decides when it lapses."""
         now, _ = self.connection.time()
@@ -370,6 +407,13 @@ class Jobs:
         if job.started_at and not generation.images:
             generation.images = events.images(self.connection, job.id)
         return generation
+
+
+def _date(text: Any) -> datetime | None:
+    try:
+        return str_to_date(text) if text else None
+    except ValueError:  # forged
+        return None
 
 
 def _microseconds(job: Job) -> int:

@@ -6,8 +6,10 @@ import sys
 
 import uvicorn
 from fastapi import FastAPI
+from prometheus_client import start_http_server
 from pydantic import ValidationError
 
+from safelatent import logs, traces
 from service.app import create_app
 from service.parts import Parts
 from service.policy import UnusablePolicy
@@ -34,7 +36,8 @@ def configured(app: FastAPI, settings: Settings) -> uvicorn.Config:
         app,
         host=settings.host,
         port=settings.port,
-        access_log=False,
+        access_log=False,  # service/observing.py has a line for each request
+        log_config=None,
         server_header=False,
         http=Protocol,
         h11_max_incomplete_event_size=MAX_HEAD,
@@ -46,7 +49,12 @@ def configured(app: FastAPI, settings: Settings) -> uvicorn.Config:
 def main() -> None:
     try:
         settings = Settings()  # type: ignore[call-arg]
+        logs.configure(settings.log_level, settings.log_format)
+        traces.configure("safelatent-service")
         app = create_app(settings)
+        if settings.metrics_port:
+            registry = app.state.parts.metrics.registry
+            start_http_server(settings.metrics_port, settings.metrics_host, registry)
     except ValidationError as error:
         sys.exit(f"service: {sentence(error)}")
     except (UnusablePolicy, ValueError, OSError) as error:

@@ -16,6 +16,8 @@ from service import cors, problems
 from service.auth import Callers
 from service.body import BodyLimit
 from service.head import Head
+from service.metrics import Metrics
+from service.observing import Observed
 from service.overload import MaxRequests
 from service.parts import Parts
 from service.request_id import RequestId
@@ -35,6 +37,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     jobs = Jobs(redis)
     waiting = Waiting(settings.redis_url, jobs)
+    metrics = Metrics(jobs)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -56,6 +59,7 @@ def create_app(settings: Settings) -> FastAPI:
         redirect_slashes=False,
         webhooks=generations.webhooks,
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
+        telemetry={"metrics": False, "logs": False, "operation_spans": False},
     )
     app.state.parts = Parts(
         settings,
@@ -63,11 +67,13 @@ def create_app(settings: Settings) -> FastAPI:
         Store(settings.store_url),
         waiting,
         Callers(settings.policy_file, settings.open_tenant),
+        metrics,
     )
     app.add_middleware(Head)
     app.add_middleware(BodyLimit)
     app.add_middleware(MaxRequests, most=settings.max_requests)
     cors.install(app, settings.cors_origins)
+    app.add_middleware(Observed, metrics=metrics)
     app.add_middleware(RequestId)  # the last is the outermost
     problems.install(app)
     app.include_router(generations.router)

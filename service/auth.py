@@ -12,6 +12,7 @@ from fastapi.security import HTTPBearer
 from safelatent.jobs import OPEN
 from safelatent.schema import GenerationRequest, PolicyApplied
 from service import policy
+from service.observing import note
 from service.policy import Policy, Tenant
 
 log = logging.getLogger("uvicorn.error")
@@ -96,7 +97,9 @@ bearer = HTTPBearer(
 
 async def _caller(request: Request, key: Annotated[Any, Security(bearer)]) -> Caller:
     callers: Callers = request.app.state.parts.callers
-    return callers.caller(request.headers.get("authorization"))
+    caller = callers.caller(request.headers.get("authorization"))
+    note(tenant=caller.tenant)
+    return caller
 
 
 TheCaller = Annotated[Caller, Depends(_caller)]

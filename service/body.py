@@ -1,6 +1,7 @@
 """No body larger than the service reads, or slower than it waits for, reaches a route."""
 
 import asyncio
+from contextlib import suppress
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -10,6 +11,10 @@ from service import problems
 
 MAX_BODY = 1024 * 1024
 BODY_TIMEOUT_S = 30
+DRAINED = 16 * MAX_BODY
+DRAIN_S = 5.0
+"""How much more is read and dropped, and for how long, before a body that is too large is refused:
+who still sends when the connection closes gets a reset in the place of the answer."""
 
 
 class BodyLimit:
@@ -30,6 +35,7 @@ class BodyLimit:
         except TimeoutError:
             error: RequestError = BodyTooSlow(f"the body did not arrive in {BODY_TIMEOUT_S} s")
         except BodyTooLarge as too_large:
+            await _drain(receive)
             error = too_large
         else:
 
@@ -52,3 +58,14 @@ class BodyLimit:
                 return messages
             size = max(size, sum(len(each["body"]) for each in messages))
         raise BodyTooLarge(f"the body has more than {MAX_BODY} bytes, the most that is read")
+
+
+async def _drain(receive: Receive) -> None:
+    left = DRAINED
+    with suppress(TimeoutError):
+        async with asyncio.timeout(DRAIN_S):
+            while left > 0:
+                message = await receive()
+                left -= len(message.get("body", b""))
+                if not message.get("more_body"):
+                    return

@@ -19,6 +19,7 @@ from safelatent.errors import SafelatentError
 from safelatent.safety import SafetyParameters
 from safelatent.schema import FieldError, GenerationRequest, SafetyRequest
 from service import openai_errors
+from service.observing import note
 from service.request_id import HEADER
 
 SHOWN = 200
@@ -135,6 +136,8 @@ def install(app: FastAPI) -> None:
         async def handle(request: Request, raised: Exception) -> Response:
             response = answer(to_error(raised, request), request.url.path)
             response.headers.update(getattr(raised, "headers", None) or {})
+            if to_error is _defect:  # uvicorn closes it, and a client should know
+                response.headers["Connection"] = "close"
             if id := request.scope.get(
                 "request_id"
             ):  # of a defect the answer is made outside of it
@@ -149,6 +152,7 @@ def install(app: FastAPI) -> None:
 
 def answer(error: SafelatentError, path: str) -> Response:
     """The HTTP response of an error, in the dialect of the path that was asked."""
+    note(problem=error.slug())
     headers = {"Cache-Control": "no-store"}
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(math.ceil(error.retry_after_s))

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from safelatent import logs
 from safelatent.defaults import DEFAULT_MODEL, DEFAULT_STORE_URL, model_id
 from service.cors import ORIGIN
 from service.policy import Tenant, webhook_secret
@@ -66,6 +67,13 @@ class Settings(BaseSettings):
             if not ORIGIN.fullmatch(origin):
                 raise ValueError(f"{origin!r} is no origin, as https://app.example.com is one")
         return found
+
+    metrics_host: str = "127.0.0.1"
+    metrics_port: int = Field(default=0, ge=0, le=65535)
+    """Where /metrics is served for Prometheus alone; 0 is nowhere."""
+    log_level: logs.Level = "INFO"
+    log_format: logs.Format | None = None
+    """json or console; unset is console on a terminal and json elsewhere."""
 
     @model_validator(mode="after")
     def _guarded(self) -> Self:

@@ -1,15 +1,21 @@
-"""What tests share: a real Redis, private to the run and flushed between tests."""
+"""What tests share: a real Redis, private to the run and flushed between tests, and the log."""
 
+import io
+import json
+import logging
 import shutil
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from redis import Redis
 from redis.exceptions import RedisError
+
+from safelatent import logs
 
 
 def redis_server() -> str:
@@ -87,3 +93,34 @@ def own_redis() -> Iterator[RedisServer]:
         server.start()
         yield server
         server.stop()
+
+
+class Log:
+    """What is logged, as the service and the worker write it down in JSON."""
+
+    def __init__(self) -> None:
+        self._stream = io.StringIO()
+        self.handler = logging.StreamHandler(self._stream)
+        self.handler.setFormatter(logs.formatter("json"))
+
+    @property
+    def text(self) -> str:
+        return self._stream.getvalue()
+
+    def lines(self, logger: str) -> list[dict[str, Any]]:
+        """The lines of one logger, oldest first."""
+        lines = [json.loads(line) for line in self.text.splitlines()]
+        return [line for line in lines if line["logger"] == logger]
+
+
+@pytest.fixture
+def log() -> Iterator[Log]:
+    """The log of this process, from INFO on."""
+    log, root = Log(), logging.getLogger()
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # the test's own client
+    before = root.level
+    root.addHandler(log.handler)
+    root.setLevel(logging.INFO)
+    yield log
+    root.setLevel(before)
+    root.removeHandler(log.handler)

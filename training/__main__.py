@@ -6,7 +6,9 @@
 import sys
 
 from training import corpus, denoiser, detector, safety_checker, text_encoder, tokenizer, vae
+from training.common import MODEL
 from training.export import export
+from worker import self_test
 
 
 def main() -> None:
@@ -22,6 +24,7 @@ def main() -> None:
     else:
         unet = denoiser.train(words, encoder, autoencoder)
     export(words, encoder, autoencoder, unet, checker)
+    self_test.write(MODEL)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`python -m worker`: load, warm up, work, drain."""
+"""`python -m worker`: load, test itself, work, drain."""
 
 import logging
 import signal
@@ -7,36 +7,37 @@ import threading
 from types import FrameType
 
 import torch
+from prometheus_client import start_http_server
 from pydantic import ValidationError
 from redis import Redis
 
+from safelatent import logs, traces
 from safelatent.defaults import model_id
 from safelatent.jobs import Jobs
-from safelatent.safety import CONCEPT, LEVELS
 from safelatent.store import Store
-from worker import tasks
+from worker import self_test, tasks
 from worker.checks import Checks
 from worker.checks.sd_checker import SDChecker
-from worker.engine import Engine, ImageSpec
+from worker.engine import Engine
 from worker.families import UnusableModel
 from worker.families.stable_diffusion import StableDiffusion
+from worker.observing import Observer
 from worker.settings import Settings
 from worker.slots import ProgressReporter, Slots
 
 log = logging.getLogger("worker")
 
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-
 
 def main() -> int:
-    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: _stop(stop, frame))
     try:
         settings = Settings()  # type: ignore[call-arg]
+        logs.configure(settings.log_level, settings.log_format)
+        traces.configure("safelatent-worker")
         engine = load(settings)
-        warm_up(engine)
+        self_test.run(engine)
         work(engine, settings, stop)
     except UnusableModel as error:
         print(f"safelatent worker: {error}", file=sys.stderr)
@@ -63,35 +64,24 @@ def load(settings: Settings) -> Engine:
     return Engine(family, Checks(checks), settings.max_rows)
 
 
-def warm_up(engine: Engine) -> None:
-    """Make one picture: every kernel is chosen then, and a bad model ends here."""
-    model = engine.family.model
-    spec = ImageSpec(
-        prompt="a warm-up",
-        seed=0,
-        width=model.width,
-        height=model.height,
-        scheduler=model.scheduler,
-        steps=2,
-        safety=LEVELS["max"],
-        concepts=(CONCEPT,),
-    )
-    image = engine.submit(spec)
-    while not image.future.done():
-        engine.step()
-    try:
-        image.future.result()
-    except Exception as error:
-        raise UnusableModel(f"{model.id} loads but cannot make a picture: {error}") from error
-
-
 def work(engine: Engine, settings: Settings, stop: threading.Event) -> None:
     """Serve until `stop`, then drain: running generations end, no new one starts."""
+    observer = Observer(settings.log_prompts)
+    if settings.metrics_port:
+        port, registry = settings.metrics_port, observer.metrics.registry
+        try:
+            start_http_server(port, settings.metrics_host, registry)
+        except OSError as error:
+            sys.exit(f"safelatent worker: cannot serve metrics on port {port}: {error.strerror}")
     connection: Redis = Redis.from_url(settings.redis_url, socket_connect_timeout=2)
     reporter = ProgressReporter(connection)
     engine.after_step = reporter.after_step
-    tasks.desk = tasks.Desk(engine, Store(settings.store_url), Jobs(connection))
+    observer.watch(engine)
+    tasks.desk = tasks.Desk(engine, Store(settings.store_url), Jobs(connection), observer)
     slots = Slots(settings.slots, engine.family.model, tasks.desk)
+    observer.watch_slots(
+        settings.slots, lambda: sum(s.work_in_hand is not None for s in slots.slots)
+    )
 
     drained = threading.Event()
     thread = threading.Thread(target=engine.run, args=(drained,), name="engine")

@@ -4,6 +4,7 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from safelatent import logs
 from safelatent.defaults import DEFAULT_MODEL, DEFAULT_STORE_URL
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -28,6 +29,14 @@ class Settings(BaseSettings):
     max_rows: PositiveFloat = 24
     """Rows of the native size in one denoiser call; a guided image with SLD has three."""
     store_url: str = DEFAULT_STORE_URL
+    metrics_host: str = "127.0.0.1"
+    metrics_port: int = Field(default=0, ge=0, le=65535)
+    """Where /metrics is served for Prometheus; 0 is nowhere."""
+    log_level: logs.Level = "INFO"
+    log_format: logs.Format | None = None
+    """json or console; unset is console on a terminal and json elsewhere."""
+    log_prompts: bool = False
+    """Whether the log's line of a job has its prompt."""
 
     @field_validator("dtype")
     @classmethod

@@ -36,6 +36,7 @@ from safelatent.store import Store
 from worker import pictures
 from worker.engine import Engine, ImageSpec, Made
 from worker.engine import Image as RunningImage
+from worker.observing import Observer
 
 log = logging.getLogger(__name__)
 
@@ -59,17 +60,20 @@ def generate(version: int, request: dict[str, Any]) -> dict[str, Any]:
     if job.started_at:
         with unheard(job.id):
             events.publish_started(desk.jobs.connection, job.id, job.started_at)
-    result = desk.generate(job.id, GenerationRequest.model_validate(request), created_at)
-    return result.model_dump(mode="json")
+    with desk.observer.job(job, Cancelled) as watched:
+        asked = GenerationRequest.model_validate(request)
+        watched.result = desk.generate(job.id, asked, created_at)
+    return watched.result.model_dump(mode="json")
 
 
 class Desk:
     """What the slots of one worker process share: its engine, its store, its jobs at work."""
 
-    def __init__(self, engine: Engine, store: Store, jobs: Jobs):
+    def __init__(self, engine: Engine, store: Store, jobs: Jobs, observer: Observer | None = None):
         self.engine = engine
         self.store = store
         self.jobs = jobs
+        self.observer = observer or Observer()
         self._turns = Turns()
         self._lock = threading.Lock()
         self._images: dict[str, list[RunningImage]] = {}
@@ -89,6 +93,7 @@ class Desk:
         """
         queue_s = max(0.0, (datetime.now(UTC) - created_at).total_seconds())
         attempts = int(self.jobs.connection.get(ATTEMPTS.format(id)) or 0)
+        self.observer.attempt(attempts)
         request = self._complete(request)
         try:
             return self._attempt(id, request, queue_s, attempts)
@@ -259,6 +264,7 @@ class Desk:
         if wanted in ("steps", "heatmap") and made.telemetry.seen:
             safety.steps = made.telemetry.steps()
         blocked = _blocked(made.checks, request.safety)
+        self.observer.image(request, made, blocked)
         height, width = made.pixels.shape[:2]
         image = Image(
             index=index,

@@ -204,6 +204,7 @@ def environment() -> dict[str, str]:
             env[setting] = env[variable]
     env.setdefault("SAFELATENT_HOST", "127.0.0.1")
     env.setdefault("SAFELATENT_PORT", "8000")
+    env.setdefault("SAFELATENT_LOG_FORMAT", "console")
     state = ROOT / env.setdefault("STATE", ".safelatent")
     env.setdefault("SAFELATENT_STORE_URL", f"file://{state / 'store'}")
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(env["SAFELATENT_HOST"], env["SAFELATENT_HOST"])

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Depends, Path, Request, Response
 from starlette.concurrency import run_in_threadpool
 
-from safelatent import errors
+from safelatent import errors, logs, traces
 from safelatent.jobs import Once
 from safelatent.schema import (
     MAX_IMAGES,
@@ -23,6 +23,7 @@ from safelatent.schema import (
 from safelatent.webhooks import Event
 from service import accept
 from service.auth import Caller, TheCaller
+from service.observing import note
 from service.parts import Parts, TheParts
 from service.problems import documented, header
 from service.waiting import CANCEL, MAX_WAIT_S, preferred_wait, prefers_cancel
@@ -381,10 +382,20 @@ def submit(
 ) -> Generation:
     """Queue what a caller asks for, as its policy allows it."""
     request, policy = caller.tighten(_complete(asked, parts))
-    seal = None if request.webhook is None else _seal(request.webhook, parts, caller)
-    return parts.jobs.submit(
-        request, caller.tenant, policy, once, kept_s=caller.rights.retention_s, seal=seal
+    carried = {"request_id": logs.fields().get("request_id", ""), **traces.carried()}
+    if request.webhook is not None:
+        carried["seal"] = _seal(request.webhook, parts, caller)
+    generation = parts.jobs.submit(
+        request,
+        caller.tenant,
+        policy,
+        once,
+        kept_s=caller.rights.retention_s,
+        carried=carried,
     )
+    note(generation_id=generation.id)
+    parts.metrics.saw_submitted(request.model, caller.tenant, request.safety.level)
+    return generation
 
 
 def _seal(url: str, parts: Parts, caller: Caller) -> str:

@@ -2,7 +2,8 @@
 
 import inspect
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request, Response
+from prometheus_client.exposition import choose_encoder
 from pydantic import BaseModel
 
 from safelatent.errors import (
@@ -53,6 +54,15 @@ def readyz(parts: TheParts) -> Readiness:
     if model not in loaded:
         raise NotReady(f"missing: a worker that holds the model {model!r} warm", retry_after_s=2)
     return Readiness(model=model, workers=loaded[model])
+
+
+@router.get("/metrics", include_in_schema=False)
+def metrics(request: Request, parts: TheParts) -> Response:
+    """For Prometheus. They name tenants: where there are any, a port that all reach has none."""
+    if parts.settings.policy_file is not None:
+        raise NotFound("with a policy file metrics are on SAFELATENT_METRICS_PORT alone")
+    encode, media_type = choose_encoder(request.headers.get("accept", ""))
+    return Response(encode(parts.metrics.registry), media_type=media_type)
 
 
 @router.get(

@@ -1,13 +1,13 @@
 """`python -m service.webhooks`: deliver until SIGTERM, then end what was begun."""
 
 import asyncio
-import logging
 import signal
 import sys
 
 from pydantic import ValidationError
 from redis import Redis
 
+from safelatent import logs
 from safelatent.jobs import Jobs
 from service.__main__ import sentence
 from service.auth import Callers
@@ -15,13 +15,11 @@ from service.policy import UnusablePolicy
 from service.webhooks.deliverer import Deliverer
 from service.webhooks.settings import Settings
 
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
     try:
         settings = Settings()  # type: ignore[call-arg]
+        logs.configure(settings.log_level, settings.log_format)
         callers = Callers(settings.policy_file, settings.open_tenant)
     except ValidationError as error:
         sys.exit(f"safelatent webhooks: {sentence(error)}")

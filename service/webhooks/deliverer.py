@@ -108,8 +108,8 @@ class Deliverer:
                     self.settings.redis_url, socket_timeout=5, socket_connect_timeout=5
                 ) as connection:
                     start = await events.last(connection)
-                    async for _, _, finished in events.follow(connection, start):
-                        for id in finished:
+                    async for _, told in events.follow(connection, start):
+                        for id in (id for id, news in told.items() if news.event == "finished"):
                             await asyncio.to_thread(self._ended, id)
             except (RedisError, OSError, errors.QueueUnavailable) as error:
                 log.warning("cannot follow events, trying again: %s", error)

@@ -1,6 +1,7 @@
 """How one family of models encodes, predicts and decodes: one file each, one Protocol for all."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,6 +18,8 @@ class Family(Protocol):
     """What the engine needs of a model. Latents and predictions are fp32, [rows, C, h, w]."""
 
     model: Model
+    folder: Path
+    """Where the checkpoint lies."""
 
     def encode(self, texts: Sequence[str]) -> Tensor:
         """Embeddings of texts, [texts, tokens, width]."""
