@@ -1,42 +1,44 @@
 """The queue seam: how a generation becomes an RQ job, and an RQ job a generation again.
 
-Both sides use it: the service submits, reads and cancels; the worker takes its classes and names.
-JSON only, and `SafeJob` on both sides: whoever can write to Redis can forge a job, and must not
-be able to run code with it.
+Both sides use it: the service submits, reads and cancels, the worker claims (by `turns`). The names
+of the queues, and what may stand in them, are in `queues`.
 """
 
 import hashlib
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 from redis import Redis
 from redis.exceptions import RedisError
-from rq import Queue, Retry
+from rq import Retry
 from rq.command import send_stop_execution_command
 from rq.exceptions import DeserializationError, InvalidJobOperation, NoSuchJobError
 from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
 
 from safelatent import errors, events
+from safelatent.forecast import Pace
+from safelatent.queues import TASK, SafeJob, queue
 from safelatent.schema import (
     SCHEMA_VERSION,
     Generation,
     GenerationRequest,
     Model,
     PolicyApplied,
-    Priority,
+    Progress,
     Result,
     Status,
 )
-
-TASK = "worker.tasks.generate"
-PRIORITIES: tuple[Priority, ...] = ("high", "normal", "low")
+from safelatent.turns import PACE, WORKERS, Share, Turns
 
 OPEN = "open"
 """The one tenant of a service without a policy file."""
+
+ONE_SHARE = Share()
 
 KEPT_S = 24 * 3600
 """How long a finished generation can be fetched."""
@@ -47,7 +49,6 @@ RETRIES = 100
 this very job may have caused, and gives up after `worker.tasks.MAX_ATTEMPTS`."""
 
 MODELS = "safelatent:models"
-WORKERS = "safelatent:workers"
 CANCELLED = "safelatent:cancelled:{}"
 OWNED = "safelatent:owned:{}"
 """A tenant's generations by the microsecond of their creation."""
@@ -76,46 +77,12 @@ class Once(NamedTuple):
         return ONCE.format(tenant, hashlib.sha256(self.key.encode()).hexdigest())
 
 
-class SafeJob(Job):
-    """A job that can only be `worker.tasks.generate`: no other function, callback or webhook."""
-
-    @property
-    def func(self) -> Callable[..., Any]:
-        if self.func_name != TASK:
-            raise InvalidJobOperation(f"job {self.id} asks for {self.func_name!r}, not {TASK!r}")
-        return super().func  # type: ignore[no-any-return]
-
-    def restore(self, raw_data: Any) -> None:
-        super().restore(raw_data)
-        self._success_callback_name = None
-        self._failure_callback_name = None
-        self._stopped_callback_name = None
-        self.webhooks = []
-
-
-class SafeQueue(Queue):
-    """RQ's queue, of `SafeJob`s."""
-
-    job_class = SafeJob
-
-
-def queue_name(model: str, priority: Priority) -> str:
-    return f"{model}:{priority}"
-
-
-def queues(model: str, connection: Redis) -> list[SafeQueue]:
-    """The queues of one model, most urgent first."""
-    return [
-        SafeQueue(queue_name(model, priority), connection, serializer=JSONSerializer)
-        for priority in PRIORITIES
-    ]
-
-
 class Jobs:
     """Generations in one Redis. Methods raise `QueueUnavailable` when it does not answer."""
 
     def __init__(self, connection: Redis):
         self.connection = connection
+        self.turns = Turns(connection)
 
     def submit(
         self,
@@ -123,21 +90,28 @@ class Jobs:
         tenant: str = OPEN,
         policy: PolicyApplied | None = None,
         once: Once | None = None,
+        share: Share = ONE_SHARE,
+        admit: Callable[[], None] = lambda: None,
     ) -> Generation:
         """Queue a tenant's request, whose `model` and `seed` are filled in.
 
-        With `once` the first request of several is queued, and all get its generation.
+        With `once` the first request of several is queued, and all get its generation. `admit` is
+        called before anything new is queued; what it raises, the caller gets.
         """
         assert request.model is not None and request.seed is not None
-        queue = SafeQueue(
-            queue_name(request.model, request.priority), self.connection, serializer=JSONSerializer
-        )
+        line = queue(request.model, tenant, request.priority, self.connection)
         id = str(uuid.uuid4())
         with redis_errors():
             if once and (first := self._reserve(once, tenant, id)):
                 return self._generation(first)
+            try:
+                admit()
+            except errors.SafelatentError:
+                if once:
+                    self.connection.delete(once.name(tenant))
+                raise
             with self.connection.pipeline() as pipeline:
-                job = queue.enqueue(
+                job = line.enqueue(
                     TASK,
                     kwargs={"version": SCHEMA_VERSION, "request": request.model_dump(mode="json")},
                     job_id=id,
@@ -149,6 +123,7 @@ class Jobs:
                     meta={"tenant": tenant, "policy": policy and policy.model_dump()},
                     pipeline=pipeline,
                 )
+                self.turns.enter(line, job, request.megapixel_steps, share, pipeline)
                 owned = OWNED.format(tenant)
                 pipeline.zadd(owned, {id: _microseconds(job)})
                 pipeline.zremrangebyscore(owned, "-inf", _microseconds(job) - KEPT_S * 1_000_000)
@@ -274,13 +249,15 @@ class Jobs:
             counts[model] = counts.get(model, 0) + 1
         return counts
 
-    def announce(self, worker: str, model: Model, ttl_s: int) -> None:
+    def announce(self, worker: str, model: Model, ttl_s: int, pace: Pace | None = None) -> None:
         """Say that a worker process holds a warm model. Redis' own clock decides when it lapses."""
         now, _ = self.connection.time()
         with self.connection.pipeline() as pipeline:
             pipeline.hset(MODELS, model.id, model.model_dump_json())
             pipeline.zadd(WORKERS, {f"{worker} {model.id}": now + ttl_s})
             pipeline.zremrangebyscore(WORKERS, "-inf", now - 3600)
+            if pace:
+                pipeline.set(PACE.format(worker), " ".join(map(str, pace)), ex=ttl_s)
             pipeline.execute()
 
     def withdraw(self, worker: str, model: Model) -> None:
@@ -316,10 +293,11 @@ class Jobs:
         )
         match status:
             case Status.QUEUED:
-                queue = SafeQueue(job.origin, self.connection, serializer=JSONSerializer)
-                generation.position = queue.get_job_position(job.id)
+                outlook = self.turns.outlook(job, request.megapixel_steps)
+                generation.position, generation.eta_s = outlook
             case Status.RUNNING:
                 generation.progress = events.progress(self.connection, job.id)
+                generation.eta_s = _left_s(generation.started_at, generation.progress)
             case Status.SUCCEEDED:
                 result = Result.model_validate(job.return_value())
                 for field in Result.model_fields:
@@ -329,6 +307,14 @@ class Jobs:
                     "the worker failed unexpectedly; its log says more"
                 ).problem
         return generation
+
+
+def _left_s(started_at: datetime | None, progress: Progress | None) -> float | None:
+    """Seconds to the last step, at the rate of those that were taken."""
+    if not started_at or not progress or not progress.step:
+        return None
+    spent_s = (datetime.now(UTC) - started_at.replace(tzinfo=UTC)).total_seconds()
+    return max(0.0, spent_s) * (progress.steps - progress.step) / progress.step
 
 
 def _microseconds(job: Job) -> int:

@@ -14,6 +14,7 @@ from safelatent.store import Store
 from service import problems
 from service.auth import Callers
 from service.body import BodyLimit
+from service.limits import Limits
 from service.parts import Parts
 from service.request_id import RequestId
 from service.routes import collection, generations, openai, operations
@@ -52,7 +53,12 @@ def create_app(settings: Settings) -> FastAPI:
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
     )
     app.state.parts = Parts(
-        settings, jobs, Store(settings.store_url), waiting, Callers(settings.policy_file)
+        settings,
+        jobs,
+        Store(settings.store_url),
+        waiting,
+        Callers(settings.policy_file),
+        Limits(jobs, settings.max_queued),
     )
     app.add_middleware(BodyLimit)
     app.add_middleware(RequestId)  # the last is the outermost

@@ -8,6 +8,7 @@ from fastapi import Depends, Request
 from safelatent.jobs import Jobs
 from safelatent.store import Store
 from service.auth import Callers
+from service.limits import Limits
 from service.settings import Settings
 from service.waiting import Waiting
 
@@ -19,6 +20,7 @@ class Parts:
     store: Store
     waiting: Waiting
     callers: Callers
+    limits: Limits
 
 
 async def _parts(request: Request) -> Parts:

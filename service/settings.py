@@ -29,6 +29,8 @@ class Settings(BaseSettings):
     store_url: str = DEFAULT_STORE_URL
     policy_file: Path | None = None
     """TOML with tenants, their keys and what they may ask for (service/policy.py)."""
+    max_queued: int = Field(default=1000, ge=1)
+    """Generations that may wait for a model at once, of all tenants together."""
     open: bool = False
     """Serve everybody who reaches a port that is not on loopback."""
 

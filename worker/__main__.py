@@ -88,9 +88,9 @@ def warm_up(engine: Engine) -> None:
 def work(engine: Engine, settings: Settings, stop: threading.Event) -> None:
     """Serve until `stop`, then drain: running generations end, no new one starts."""
     connection: Redis = Redis.from_url(settings.redis_url, socket_connect_timeout=2)
-    reporter = ProgressReporter(connection)
-    engine.after_step = reporter.after_step
     tasks.desk = tasks.Desk(engine, Store(settings.store_url), Jobs(connection))
+    reporter = ProgressReporter(connection, tasks.desk.meter)
+    engine.after_step = reporter.after_step
     slots = Slots(settings.slots, engine.family.model, tasks.desk)
 
     drained = threading.Event()

@@ -36,6 +36,7 @@ from safelatent.store import Store
 from worker import pictures
 from worker.engine import Engine, ImageSpec, Made
 from worker.engine import Image as RunningImage
+from worker.meter import Meter
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ class Desk:
         self.engine = engine
         self.store = store
         self.jobs = jobs
+        self.meter = Meter()
         self._turns = Turns()
         self._lock = threading.Lock()
         self._images: dict[str, list[RunningImage]] = {}
