@@ -1,4 +1,4 @@
-"""`python -m benchmarks [engine|service]`: print tables, and write them to .safelatent/bench."""
+"""`python -m benchmarks [name ...]`: print tables, and write them to .safelatent/bench."""
 
 import argparse
 import json
@@ -8,14 +8,19 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
 
-from benchmarks import engine, service  # torch reads the threads as it loads
+from benchmarks import engine, enqueue, fairness, service  # torch reads the threads as it loads
 
-BENCHMARKS = {"engine": engine.run, "service": service.run}
+BENCHMARKS = {
+    "engine": engine.run,
+    "service": service.run,
+    "fairness": fairness.run,
+    "enqueue": enqueue.run,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", default=list(BENCHMARKS), metavar="engine|service")
+    parser.add_argument("names", nargs="*", default=list(BENCHMARKS), metavar="|".join(BENCHMARKS))
     parser.add_argument("--model", default="models/emoji_scenes", help="folder of a checkpoint")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each side")
     options = parser.parse_args()

@@ -9,7 +9,7 @@ local turns, clock_key, bell = unpack(KEYS)
 local queue_of, started_of, job_of, executions_of, share_of, lease_s = unpack(ARGV)
 local priorities = {unpack(ARGV, 7)}
 local now = tonumber(redis.call('TIME')[1])
-local clock = tonumber(redis.call('GET', clock_key) or 0)
+local clock = tonumber(redis.call('GET', clock_key) or 1)
 
 local function exactly(number)
   return string.format('%.17g', number)

@@ -29,8 +29,8 @@ class Pace(NamedTuple):
     """Megapixel-steps a second of the whole batch."""
     each: float
     """The same of one generation in it."""
-    free: int
-    """Slots without a job."""
+    slots: int
+    """Generations that it can have in hand."""
 
 
 def ahead(lines: Mapping[str, Line], tenant: str, own: int) -> tuple[int, float]:
@@ -54,13 +54,15 @@ def ahead(lines: Mapping[str, Line], tenant: str, own: int) -> tuple[int, float]
     return jobs, cost
 
 
-def until_start_s(paces: Sequence[Pace], jobs: int, cost: float, own_cost: float) -> float | None:
+def until_start_s(
+    paces: Sequence[Pace], running: int, jobs: int, cost: float, own_cost: float
+) -> float | None:
     """Seconds until a job starts that has so many of such a cost before it; None if not measured.
 
     Slots that are free take the first of them. After that a job starts when one ends, so the work
     until then is that of the jobs before it and of one more, which takes its own as the measure.
     """
-    free = sum(pace.free for pace in paces)
+    free = max(0, sum(pace.slots for pace in paces) - running)
     if not (total := throughput(paces)):
         return None
     if jobs < free:

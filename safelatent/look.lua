@@ -1,14 +1,21 @@
 -- A picture of a model's queue, for positions and ETAs; nothing is changed.
 --
--- KEYS  turns, clock of the model; workers
--- ARGV  the model; patterns of names: queue(tenant, priority), share(tenant), pace(worker);
---       the priorities
--- Returns {clock, {{tenant, may start, left at, weight, max running,
---         mean cost, queued}, ...}, {pace, ...}}.
+-- KEYS  turns, clock, tenants of the model; workers
+-- ARGV  the model; patterns of names: queue(tenant, priority), started registry(tenant, priority),
+--       share(tenant), pace(worker); the priorities
+-- Returns {clock, jobs that run, {{tenant, may start, left at, weight, max running, mean cost,
+--         queued}, ...}, {pace, ...}}.
 
-local turns, clock_key, workers = unpack(KEYS)
-local model, queue_of, share_of, pace_of = unpack(ARGV)
-local priorities = {unpack(ARGV, 5)}
+local turns, clock_key, tenants, workers = unpack(KEYS)
+local model, queue_of, started_of, share_of, pace_of = unpack(ARGV)
+local priorities = {unpack(ARGV, 6)}
+
+local running = 0
+for _, tenant in ipairs(redis.call('SMEMBERS', tenants)) do
+  for _, priority in ipairs(priorities) do
+    running = running + redis.call('ZCARD', string.format(started_of, tenant, priority))
+  end
+end
 
 local lines = {}
 local members = redis.call('ZRANGE', turns, 0, -1, 'WITHSCORES')
@@ -37,4 +44,4 @@ for _, member in ipairs(redis.call('ZRANGEBYSCORE', workers, now, '+inf')) do
     paces[#paces + 1] = redis.call('GET', name) or ''
   end
 end
-return {redis.call('GET', clock_key) or 0, lines, paces}
+return {redis.call('GET', clock_key) or 1, running, lines, paces}

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from redis import Redis
 from redis.client import Pipeline
+from redis.exceptions import RedisError
 from rq.exceptions import NoSuchJobError
 from rq.executions import ExecutionRegistry
 from rq.job import Job, JobStatus
@@ -26,6 +27,7 @@ from safelatent.forecast import Line, Pace, ahead, run_s, until_start_s
 from safelatent.queues import (
     BELL,
     PRIORITIES,
+    TENANTS,
     TURNS,
     SafeJob,
     SafeQueue,
@@ -62,6 +64,8 @@ class Share(NamedTuple):
 class Picture(NamedTuple):
     """A model's queue at a moment."""
 
+    running: int
+    """Its jobs in workers' hands."""
     lines: dict[str, Line]
     """The tenants with queued jobs."""
     paces: list[Pace]
@@ -119,6 +123,8 @@ class Turns:
                 return job, where
             except NoSuchJobError:
                 pass  # deleted in this moment
+            except RedisError:
+                raise  # the lease will lapse, and the job is queued again
             except Exception:  # forged: no sweep may stumble over it again
                 log.exception("job %s cannot be read, and is dropped", id)
                 self.connection.hset(SafeJob.key_for(id), "status", JobStatus.FAILED)
@@ -163,10 +169,11 @@ class Turns:
             any_queue = queue_name(_literal(model), "%s", "%s")
             names = [
                 SafeQueue(any_queue, self.connection).key,
+                StartedJobRegistry(any_queue, self.connection).key,
                 SHARE.format(_literal(model), "%s"),
                 PACE.format("%s"),
             ]
-            keys = [TURNS.format(model), CLOCK.format(model), WORKERS]
+            keys = [TURNS.format(model), CLOCK.format(model), TENANTS.format(model), WORKERS]
             picture = _picture(self._look(keys, [model, *names, *PRIORITIES]))
             self._pictures[model] = now, picture
             self._entered[model] = 0
@@ -195,7 +202,8 @@ class Turns:
         with self.connection.pipeline(transaction=False) as pipeline:
             for each in urgent:
                 pipeline.llen(queue(model, tenant, each, self.connection).key)
-            pipeline.lpos(queue(model, tenant, priority, self.connection).key, job.id)
+            here = queue(model, tenant, priority, self.connection).key
+            pipeline.lpos(here, job.id, rank=-1)  # from the end, where a new one is
             *more_urgent, place = pipeline.execute()
         if place is None:
             return None, None
@@ -206,7 +214,7 @@ class Turns:
             return None, None  # it has just been taken
         own = sum(more_urgent) + place
         jobs, before = ahead(picture.lines, tenant, own)
-        start_s = until_start_s(picture.paces, jobs, before, cost)
+        start_s = until_start_s(picture.paces, picture.running, jobs, before, cost)
         spent_s = run_s(picture.paces, cost)
         if start_s is None or spent_s is None:
             return jobs, None
@@ -224,8 +232,9 @@ def _literal(text: str) -> str:
 
 
 def _picture(seen: Any) -> Picture:
-    clock, lines, paces = seen
+    clock, running, lines, paces = seen
     return Picture(
+        running=running,
         lines={
             tenant.decode(): Line(
                 may_start=max(float(clock), float(may_start) or float(left_at)),
@@ -242,5 +251,5 @@ def _picture(seen: Any) -> Picture:
 
 def _pace(text: str) -> Pace:
     """A worker that does not say how fast it is, is not measured."""
-    throughput, each, free = text.split(" ") if text else ("0", "0", "0")
-    return Pace(float(throughput), float(each), int(free))
+    throughput, each, slots = text.split(" ") if text else ("0", "0", "0")
+    return Pace(float(throughput), float(each), int(slots))

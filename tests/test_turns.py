@@ -233,11 +233,13 @@ def test_the_position_is_the_place_in_the_order_of_claims(line: Line, seed: int)
 
 def test_the_eta_is_told_by_the_workers_pace(line: Line) -> None:
     """64 x 64 pixels x 50 steps is 0.2 megapixel-steps."""
+    line.submit("a", 7)
+    line.claims(7)
     [id] = line.submit("a")
     assert line.jobs.fetch(id, "a").eta_s is None  # nothing was measured
     card = Model.model_validate(CARD.model_dump())
-    line.jobs.announce("w1", card, 60, Pace(throughput=0.4, each=0.1, free=1))
-    line.jobs.announce("w2", card, 60, Pace(throughput=0.4, each=0.1, free=0))
+    line.jobs.announce("w1", card, 60, Pace(throughput=0.4, each=0.1, slots=4))
+    line.jobs.announce("w2", card, 60, Pace(throughput=0.4, each=0.1, slots=4))
     [last] = line.submit("a", 8)[-1:]
     line.jobs.turns.picture("tiny", fresh=True)
     first, last = (line.jobs.fetch(each, "a").eta_s for each in (id, last))

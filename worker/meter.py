@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from safelatent.forecast import Pace
 from worker.engine import Image
 
-REMEMBERED_S = 30
+REMEMBERED_S = 10
 """Busy seconds that the means reach back over."""
 
 
@@ -42,7 +42,7 @@ class Meter:
         with self._lock:
             self._work += work
 
-    def pace(self, free: int) -> Pace:
+    def pace(self, slots: int) -> Pace:
         """The means as they stand."""
         with self._lock:
             self._tick()
@@ -51,8 +51,8 @@ class Meter:
             self._busy_s *= keep
             self._held_s *= keep
             if not self._held_s:
-                return Pace(0.0, 0.0, free)
-            return Pace(self._work / self._busy_s, self._work / self._held_s, free)
+                return Pace(0.0, 0.0, slots)
+            return Pace(self._work / self._busy_s, self._work / self._held_s, slots)
 
     def _change(self, by: int) -> None:
         with self._lock:

@@ -165,8 +165,7 @@ class Slots:
             pass  # the announcement lapses by itself
 
     def _renew(self) -> None:
-        busy = sum(slot.work_in_hand is not None for slot in self.slots)
-        pace = self.desk.meter.pace(free=len(self.slots) - busy)
+        pace = self.desk.meter.pace(len(self.slots))
         self.desk.jobs.announce(self.name, self.model, ttl_s=LEASE_S, pace=pace)
         for slot in self.slots:
             if slot.work_in_hand is not None:
