@@ -1,7 +1,8 @@
 """What one tenant's flood costs another: real Redis, slots and claims, an engine that sleeps.
 
 The flood is 20 times its share, of jobs of many lengths, and all queued before; the other tenant
-asks for a part of its own share, now and then (a Poisson process). Then, whether ETAs came true, and what a claim costs.
+asks for a part of its own share, now and then (a Poisson process). Then, whether ETAs came true,
+and what a claim costs.
 """
 
 import os
