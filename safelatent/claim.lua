@@ -55,10 +55,10 @@ local function running(tenant)
   return count
 end
 
--- Who has just lined up starts at the clock, or where it left if that is later.
+-- Who has just lined up starts at the clock. It is never behind where a tenant left, because that
+-- was the least of all times then, but for the last job before all queues were empty.
 for _, tenant in ipairs(redis.call('ZRANGEBYSCORE', turns, 0, 0)) do
-  local left_at = redis.call('HGET', string.format(share_of, tenant), 'left_at') or 0
-  redis.call('ZADD', turns, exactly(math.max(clock, tonumber(left_at))), tenant)
+  redis.call('ZADD', turns, exactly(clock), tenant)
 end
 
 local place = 0
@@ -82,7 +82,6 @@ while true do
       return {id, tenant, priority}
     end
     redis.call('ZREM', turns, tenant)
-    redis.call('HSET', share, 'left_at', may_start)
   end
 end
 redis.call('DEL', bell)  -- whoever rang so far has been seen

@@ -3,8 +3,8 @@
 -- KEYS  turns, clock, tenants of the model; workers
 -- ARGV  the model; patterns of names: queue(tenant, priority), started registry(tenant, priority),
 --       share(tenant), pace(worker); the priorities
--- Returns {clock, jobs that run, {{tenant, may start, left at, weight, max running, mean cost,
---         queued}, ...}, {pace, ...}}.
+-- Returns {clock, jobs that run, {{tenant, may start, weight, max running, mean cost, queued},
+--         ...}, {pace, ...}}.
 
 local turns, clock_key, tenants, workers = unpack(KEYS)
 local model, queue_of, started_of, share_of, pace_of = unpack(ARGV)
@@ -27,10 +27,10 @@ for place = 1, #members, 2 do
   end
   if queued > 0 then
     local share = string.format(share_of, tenant)
-    local left_at, weight, max_running, cost =
-      unpack(redis.call('HMGET', share, 'left_at', 'weight', 'max_running', 'cost'))
+    local weight, max_running, cost =
+      unpack(redis.call('HMGET', share, 'weight', 'max_running', 'cost'))
     lines[#lines + 1] = {
-      tenant, members[place + 1], left_at or 0, weight or 1, max_running or '', cost or 1, queued
+      tenant, members[place + 1], weight or 1, max_running or '', cost or 1, queued
     }
   end
 end

@@ -44,7 +44,7 @@ PACE = "safelatent:pace:{}"
 """Of a worker: how fast it was lately."""
 CLOCK = "safelatent:clock:{}"
 SHARE = "safelatent:share:{}:{}"
-"""Of a model and a tenant: weight, max_running, cost (mean of a job's), left_at (virtual time)."""
+"""Of a model and a tenant: weight, max_running, cost (mean of a job's)."""
 COST = "cost"
 """The field of a job's hash in which its cost stands; RQ leaves it alone."""
 CLAIM = "claim"
@@ -239,13 +239,13 @@ def _picture(seen: Any) -> Picture:
         running=running,
         lines={
             tenant.decode(): Line(
-                may_start=max(float(clock), float(may_start) or float(left_at)),
+                may_start=max(float(clock), float(may_start)),
                 weight=float(weight),
                 max_running=int(max_running or 0) or None,
                 cost=float(cost),
                 queued=queued,
             )
-            for tenant, may_start, left_at, weight, max_running, cost, queued in lines
+            for tenant, may_start, weight, max_running, cost, queued in lines
         },
         paces=[_pace(each.decode()) for each in paces],
     )
