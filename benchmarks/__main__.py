@@ -8,16 +8,21 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
 
-from benchmarks import engine, observing, service  # torch reads the threads as it loads
+# torch reads the threads as it loads
+from benchmarks import engine, enqueue, fairness, observing, service
 
-BENCHMARKS = {"engine": engine.run, "service": service.run, "observing": observing.run}
+BENCHMARKS = {
+    "engine": engine.run,
+    "service": service.run,
+    "fairness": fairness.run,
+    "enqueue": enqueue.run,
+    "observing": observing.run,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "names", nargs="*", default=list(BENCHMARKS), metavar="engine|service|observing"
-    )
+    parser.add_argument("names", nargs="*", default=list(BENCHMARKS), metavar="|".join(BENCHMARKS))
     parser.add_argument("--model", default="models/emoji_scenes", help="folder of a checkpoint")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each side")
     options = parser.parse_args()

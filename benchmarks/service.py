@@ -52,7 +52,7 @@ def run(model: str, repeats: int) -> list[dict[str, Any]]:
 def stack(model: str) -> Iterator[Client]:
     """Redis, a frontend and a worker as processes of their own, in a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
-        port = _free_port()
+        port = free_port()
         environment = {
             **os.environ,
             "STATE": folder,
@@ -67,9 +67,9 @@ def stack(model: str) -> Iterator[Client]:
             for command in commands:
                 processes.append(subprocess.Popen([sys.executable, *command], env=environment))
                 if len(processes) == 1:
-                    _until(lambda: Path(folder, "redis.sock").exists(), processes)
+                    until(lambda: Path(folder, "redis.sock").exists(), processes)
             url = f"http://127.0.0.1:{port}"
-            _until(lambda: _is_ready(url), processes)
+            until(lambda: _is_ready(url), processes)
             with Client(url, http=httpx.Client(trust_env=False)) as client:
                 yield client
         finally:
@@ -78,7 +78,7 @@ def stack(model: str) -> Iterator[Client]:
                 process.wait(60)
 
 
-def _until(condition: Any, processes: list[subprocess.Popen[bytes]]) -> None:
+def until(condition: Any, processes: list[subprocess.Popen[bytes]]) -> None:
     while not condition():
         if any(process.poll() is not None for process in processes):
             raise RuntimeError("a process of the stack has ended; its words are above")
@@ -92,7 +92,7 @@ def _is_ready(url: str) -> bool:
         return False
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -23,7 +23,7 @@ def worker() -> None:
     from redis import Redis
     from rq import Worker
 
-    from safelatent.jobs import WORKERS
+    from safelatent.turns import WORKERS
 
     connection = Redis.from_url(os.environ["REDIS_URL"], socket_timeout=2, socket_connect_timeout=2)
     # RQ knows the host of each slot, the announcement knows that the model is warm; a slot is

@@ -16,12 +16,15 @@ SafelatentError
 │   ├── Unauthorized           401  no API key, or none that is valid
 │   ├── BadSignature           401  a webhook's call is not genuine (`safelatent.webhooks`)
 │   ├── Forbidden              403  the tenant's policy does not allow it
+│   ├── RateLimited            429  more than the tenant's policy allows in a minute
+│   │   └── TooManyQueued      429  as many generations of the tenant wait as its policy allows
 │   ├── NotFinished            409  the generation has no images yet, or never will
 │   └── NotFound               404
 │       └── ImageBlocked       404  a check withholds the image
 ├── ServiceError             our fault, or nobody's; trying again may help
 │   ├── InternalError          500
 │   ├── QueueUnavailable       503  Redis does not answer
+│   ├── QueueFull              503  as many generations wait as the service takes
 │   ├── StoreUnavailable       503  the image store does not answer
 │   ├── NotReady               503  no worker holds the default model warm
 │   ├── Overloaded             503  the frontend serves as many requests as it takes
@@ -60,6 +63,7 @@ class SafelatentError(Exception):
         errors: list[FieldError] | None = None,
         problem: Problem | None = None,
         retry_after_s: float | None = None,
+        headers: dict[str, str] | None = None,
     ):
         self.problem = problem or Problem(
             type=PROBLEM_TYPE + self.slug(),
@@ -69,6 +73,7 @@ class SafelatentError(Exception):
             errors=errors or [],
         )
         self.retry_after_s = retry_after_s
+        self.headers = headers
         super().__init__(self.problem.detail or self.problem.title)
 
     @classmethod
@@ -186,6 +191,19 @@ class Forbidden(RequestError):
     title = "Your policy does not allow this"
 
 
+class RateLimited(RequestError):
+    """More than the tenant's policy allows in a minute; `Retry-After` says when it will do."""
+
+    status = 429
+    title = "Too much was asked for in a minute"
+
+
+class TooManyQueued(RateLimited):
+    """As many generations of the tenant wait as its policy allows."""
+
+    title = "Too many of your generations wait"
+
+
 class NotFound(RequestError):
     """There is no such thing, or not for this caller."""
 
@@ -212,6 +230,13 @@ class QueueUnavailable(ServiceError):
 
     status = 503
     title = "The queue is unavailable"
+
+
+class QueueFull(ServiceError):
+    """As many generations wait as the service takes; `Retry-After` is when there may be room."""
+
+    status = 503
+    title = "The queue is full"
 
 
 class StoreUnavailable(ServiceError):

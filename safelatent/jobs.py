@@ -1,29 +1,29 @@
 """The queue seam: how a generation becomes an RQ job, and an RQ job a generation again.
 
-Both sides use it: the service submits, reads and cancels; the worker takes its classes and names.
-JSON only, and `SafeJob` on both sides: whoever can write to Redis can forge a job, and must not
-be able to run code with it.
+Both sides use it: the service submits, reads and cancels, the worker claims (by `turns`). The names
+of the queues, and what may stand in them, are in `queues`.
 """
 
 import hashlib
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 from redis import Redis
 from redis.exceptions import RedisError
-from rq import Queue, Retry
+from rq import Retry
 from rq.command import send_stop_execution_command
 from rq.exceptions import DeserializationError, InvalidJobOperation, NoSuchJobError
 from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
 from rq.utils import str_to_date
-from rq.worker_registration import REDIS_WORKER_KEYS
 
 from safelatent import deliveries, errors, events
+from safelatent.forecast import Pace
+from safelatent.queues import TASK, SafeJob, SafeQueue, queue
 from safelatent.schema import (
     SCHEMA_VERSION,
     Generation,
@@ -31,16 +31,16 @@ from safelatent.schema import (
     Model,
     Place,
     PolicyApplied,
-    Priority,
+    Progress,
     Result,
     Status,
 )
-
-TASK = "worker.tasks.generate"
-PRIORITIES: tuple[Priority, ...] = ("high", "normal", "low")
+from safelatent.turns import PACE, WORKERS, Share, Turns
 
 OPEN = "open"
 """The one tenant of a service without a policy file."""
+
+ONE_SHARE = Share()
 
 KEPT_S = 24 * 3600
 """How long a finished generation can be fetched, unless its tenant's policy says otherwise."""
@@ -51,7 +51,6 @@ RETRIES = 100
 this very job may have caused, and gives up after `worker.tasks.MAX_ATTEMPTS`."""
 
 MODELS = "safelatent:models"
-WORKERS = "safelatent:workers"
 CANCELLED = "safelatent:cancelled:{}"
 OWNED = "safelatent:owned:{}"
 """A tenant's generations by the microsecond of their creation."""
@@ -80,46 +79,12 @@ class Once(NamedTuple):
         return ONCE.format(tenant, hashlib.sha256(self.key.encode()).hexdigest())
 
 
-class SafeJob(Job):
-    """A job that can only be `worker.tasks.generate`: no other function, callback or webhook."""
-
-    @property
-    def func(self) -> Callable[..., Any]:
-        if self.func_name != TASK:
-            raise InvalidJobOperation(f"job {self.id} asks for {self.func_name!r}, not {TASK!r}")
-        return super().func  # type: ignore[no-any-return]
-
-    def restore(self, raw_data: Any) -> None:
-        super().restore(raw_data)
-        self._success_callback_name = None
-        self._failure_callback_name = None
-        self._stopped_callback_name = None
-        self.webhooks = []
-
-
-class SafeQueue(Queue):
-    """RQ's queue, of `SafeJob`s."""
-
-    job_class = SafeJob
-
-
-def queue_name(model: str, priority: Priority) -> str:
-    return f"{model}:{priority}"
-
-
-def queues(model: str, connection: Redis) -> list[SafeQueue]:
-    """The queues of one model, most urgent first."""
-    return [
-        SafeQueue(queue_name(model, priority), connection, serializer=JSONSerializer)
-        for priority in PRIORITIES
-    ]
-
-
 class Jobs:
     """Generations in one Redis. Methods raise `QueueUnavailable` when it does not answer."""
 
     def __init__(self, connection: Redis):
         self.connection = connection
+        self.turns = Turns(connection)
 
     def submit(
         self,
@@ -129,23 +94,30 @@ class Jobs:
         once: Once | None = None,
         kept_s: int = KEPT_S,
         carried: dict[str, str] | None = None,
+        share: Share = ONE_SHARE,
+        admit: Callable[[], None] = lambda: None,
     ) -> Generation:
         """Queue a tenant's request, whose `model` and `seed` are filled in.
 
         With `once` the first request of several is queued, and all get its generation. `kept_s`
         is how long it can be fetched after its end. `carried` goes into the job's meta: the
-        request's id and trace for the worker's log and spans, and the seal of its webhook.
+        request's id and trace for the worker's log and spans, and the seal of its webhook. `admit`
+        is called before anything new is queued; what it raises, the caller gets.
         """
         assert request.model is not None and request.seed is not None
-        queue = SafeQueue(
-            queue_name(request.model, request.priority), self.connection, serializer=JSONSerializer
-        )
+        line = queue(request.model, tenant, request.priority, self.connection)
         id = str(uuid.uuid4())
         with redis_errors():
             if once and (first := self._reserve(once, tenant, id)):
                 return self._generation(first)
+            try:
+                admit()
+            except errors.SafelatentError:
+                if once:
+                    self.connection.delete(once.name(tenant))
+                raise
             with self.connection.pipeline() as pipeline:
-                job = queue.enqueue(
+                job = line.enqueue(
                     TASK,
                     kwargs={"version": SCHEMA_VERSION, "request": request.model_dump(mode="json")},
                     job_id=id,
@@ -161,6 +133,7 @@ class Jobs:
                     },
                     pipeline=pipeline,
                 )
+                self.turns.enter(line, job, request.megapixel_steps, share, pipeline)
                 owned = OWNED.format(tenant)
                 pipeline.zadd(owned, {id: _microseconds(job)})
                 listed_s = max(kept_s, KEPT_S)
@@ -242,16 +215,24 @@ class Jobs:
                     pass  # expired
 
     def places(self, generations: Iterable[Generation]) -> dict[str, Place]:
-        """Where generations stand that still wait, by id: one look at each of their queues."""
-        names = {
-            queue_name(each.request.model or "", each.request.priority) for each in generations
-        }
+        """Where each of them stands that still waits in a queue, by its id."""
+        waiting = list(generations)
         with redis_errors():
-            queues = [SafeQueue(name, self.connection, serializer=JSONSerializer) for name in names]
+            with self.connection.pipeline(transaction=False) as pipeline:
+                for each in waiting:
+                    pipeline.hget(SafeJob.key_for(each.id), "origin")
+                origins = pipeline.execute()
+            asked = [
+                (each.id, origin.decode(), each.request.megapixel_steps)
+                for each, origin in zip(waiting, origins, strict=True)
+                if origin
+            ]
             return {
-                id: Place(position=position)
-                for queue in queues
-                for position, id in enumerate(queue.get_job_ids())
+                id: Place(position=position, eta_s=eta_s)
+                for (id, _, _), (position, eta_s) in zip(
+                    asked, self.turns.outlooks(asked), strict=True
+                )
+                if position is not None
             }
 
     def delete(self, id: str, tenant: str = OPEN) -> None:
@@ -316,40 +297,36 @@ class Jobs:
     def slots(self) -> dict[str, int]:
         """Model id -> slots of the worker processes that hold it warm now."""
         with redis_errors():
-            now, _ = self.connection.time()
-            alive: Any = self.connection.zrangebyscore(WORKERS, now, "+inf")
-            registered: Any = self.connection.smembers(REDIS_WORKER_KEYS)
-        models = dict(member.decode().split(" ", 1) for member in alive)
-        counts = dict.fromkeys(models.values(), 0)
-        for key in registered:  # rq:worker:<worker>-<number>
-            worker = key.decode().rpartition(":")[2].rpartition("-")[0]
-            if worker in models:
-                counts[models[worker]] += 1
-        return counts
+            return {
+                model: sum(pace.slots for pace in self.turns.picture(model, fresh=True).paces)
+                for model in self.loaded()
+            }
 
     def backlog(self) -> dict[tuple[str, str], tuple[int, datetime | None]]:
-        """(Model id, priority) -> how many generations wait, and when the next one was created."""
+        """(Model id, priority) -> how many generations wait, and when the oldest was created."""
         found: dict[tuple[str, str], tuple[int, datetime | None]] = {}
         with redis_errors():
-            for queue in SafeQueue.all(self.connection, serializer=JSONSerializer):
-                model, _, priority = queue.name.rpartition(":")
-                if priority not in PRIORITIES:
-                    continue
+            for each in SafeQueue.all(self.connection, serializer=JSONSerializer):
+                model, _, priority = each.name.rsplit(":", 2)
                 with self.connection.pipeline(transaction=False) as pipeline:
-                    pipeline.llen(queue.key)
-                    pipeline.lindex(queue.key, 0)
+                    pipeline.llen(each.key)
+                    pipeline.lindex(each.key, 0)
                     count, first = pipeline.execute()
                 created = first and self.connection.hget(Job.key_for(first.decode()), "created_at")
-                found[model, priority] = count, _date(created)
+                others, oldest = found.get((model, priority), (0, None))
+                dates = [date for date in (oldest, _date(created)) if date]
+                found[model, priority] = others + count, min(dates, default=None)
         return found
 
-    def announce(self, worker: str, model: Model, ttl_s: int) -> None:
+    def announce(self, worker: str, model: Model, ttl_s: int, pace: Pace | None = None) -> None:
         """Say that a worker process holds a warm model. Redis' own clock decides when it lapses."""
         now, _ = self.connection.time()
         with self.connection.pipeline() as pipeline:
             pipeline.hset(MODELS, model.id, model.model_dump_json())
             pipeline.zadd(WORKERS, {f"{worker} {model.id}": now + ttl_s})
             pipeline.zremrangebyscore(WORKERS, "-inf", now - 3600)
+            if pace:
+                pipeline.set(PACE.format(worker), " ".join(map(str, pace)), ex=ttl_s)
             pipeline.execute()
 
     def withdraw(self, worker: str, model: Model) -> None:
@@ -387,10 +364,11 @@ class Jobs:
             generation.webhook = deliveries.delivery(self.connection, job.id, request.webhook)
         match status:
             case Status.QUEUED:
-                queue = SafeQueue(job.origin, self.connection, serializer=JSONSerializer)
-                generation.position = queue.get_job_position(job.id)
+                asked = job.id, job.origin, request.megapixel_steps
+                [(generation.position, generation.eta_s)] = self.turns.outlooks([asked])
             case Status.RUNNING:
                 generation.progress = events.progress(self.connection, job.id)
+                generation.eta_s = _left_s(generation.started_at, generation.progress)
             case Status.SUCCEEDED:
                 try:
                     result = Result.model_validate(job.return_value())
@@ -414,6 +392,14 @@ def _date(text: Any) -> datetime | None:
         return str_to_date(text) if text else None
     except ValueError:  # forged
         return None
+
+
+def _left_s(started_at: datetime | None, progress: Progress | None) -> float | None:
+    """Seconds to the last step, at the rate of those that were taken."""
+    if not started_at or not progress or not progress.step:
+        return None
+    spent_s = (datetime.now(UTC) - started_at.replace(tzinfo=UTC)).total_seconds()
+    return max(0.0, spent_s) * (progress.steps - progress.step) / progress.step
 
 
 def _microseconds(job: Job) -> int:

@@ -137,6 +137,12 @@ class GenerationRequest(_Request):
     webhook: Annotated[str, StringConstraints(min_length=1, max_length=MAX_URL)] | None = None
     """An https URL that gets the generation as a signed POST when it has ended."""
 
+    @property
+    def megapixel_steps(self) -> float:
+        """What it costs a worker: images x megapixels x steps. A size left open counts as 512."""
+        pixels = (self.width or self.height or 512) * (self.height or self.width or 512)
+        return self.n * pixels / 1e6 * self.steps
+
     @field_validator("prompt")
     @classmethod
     def _says_something(cls, prompt: str) -> str:
@@ -407,8 +413,9 @@ class Generation(_Response):
     started_at: datetime | None = None
     finished_at: datetime | None = None
     position: int | None = None
-    """Place in its queue, 0 is next; null once it has left the queue."""
+    """How many queued generations start before it; null once it has left the queue."""
     eta_s: float | None = None
+    """Seconds until it will have ended; null when it has, or before there is a measure."""
     progress: Progress | None = None
     request: GenerationRequest
     """As effective: defaults, seed and size filled in."""
@@ -437,8 +444,9 @@ class GenerationPage(_Response):
 class Capabilities(_Response):
     """What the calling tenant may ask of this service."""
 
-    limits: dict[str, int]
-    """The most of each; sizes in pixels, texts in characters."""
+    limits: dict[str, int | float | None]
+    """The most of each; sizes in pixels, texts in characters, null is no limit. `weight` is the
+    tenant's share of the workers beside the others' weights."""
     models: list[str]
     """Ids, as `GET /models` describes them."""
     schedulers: list[str]

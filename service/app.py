@@ -16,6 +16,7 @@ from service import cors, problems
 from service.auth import Callers
 from service.body import BodyLimit
 from service.head import Head
+from service.limits import Limits
 from service.metrics import Metrics
 from service.observing import Observed
 from service.overload import MaxRequests
@@ -67,6 +68,7 @@ def create_app(settings: Settings) -> FastAPI:
         Store(settings.store_url),
         waiting,
         Callers(settings.policy_file, settings.open_tenant),
+        Limits(jobs, settings.max_queued),
         metrics,
     )
     app.add_middleware(Head)

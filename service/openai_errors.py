@@ -15,6 +15,7 @@ CODES = {
     "invalid-request": "invalid_value",
     "image-blocked": "moderation_blocked",
     "rate-limited": "rate_limit_exceeded",
+    "too-many-queued": "rate_limit_exceeded",
 }
 """OpenAI's own words where they have one; the others are the problem's slug."""
 

@@ -8,6 +8,7 @@ from fastapi import Depends, Request
 from safelatent.jobs import Jobs
 from safelatent.store import Store
 from service.auth import Callers
+from service.limits import Limits
 from service.metrics import Metrics
 from service.settings import Settings
 from service.waiting import Waiting
@@ -20,6 +21,7 @@ class Parts:
     store: Store
     waiting: Waiting
     callers: Callers
+    limits: Limits
     metrics: Metrics
 
 

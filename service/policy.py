@@ -112,6 +112,15 @@ class Tenant(_Part):
     webhook_secrets: list[Annotated[SecretStr, BeforeValidator(_referred)]] = []
     """`env:NAME` or `file:/path` of what signs its webhooks, the newest first: while a secret is
     changed there are two. They are read when the policy file is. Without one, no webhooks."""
+    weight: Annotated[float, Field(gt=0, le=1000)] = 1
+    """Its share of the workers, beside the weights of the others that want them."""
+    max_running: Annotated[int, Field(gt=0)] | None = None
+    """Generations that run at once, of each model; unset is no limit, as for the next three."""
+    max_queued: Annotated[int, Field(gt=0)] | None = None
+    """Generations that wait at once, for each model."""
+    requests_per_minute: Annotated[int, Field(gt=0)] | None = None
+    megapixel_steps_per_minute: Annotated[int, Field(gt=0)] | None = None
+    """A request is n x megapixels x steps of them."""
 
     @model_validator(mode="after")
     def _leaves_a_level(self) -> Self:

@@ -37,6 +37,8 @@ class Settings(BaseSettings):
     """Origins whose web pages may call the service, commas between; `*` is every page."""
     max_requests: int = Field(default=4096, ge=1)
     """Requests that one process serves at once, streams of events included."""
+    max_queued: int = Field(default=1000, ge=1)
+    """Generations that may wait for a model at once, of all tenants together."""
     open: bool = False
     """Serve everybody who reaches a port that is not on loopback."""
     webhook_secret: SecretStr | None = None

@@ -74,10 +74,10 @@ def work(engine: Engine, settings: Settings, stop: threading.Event) -> None:
         except OSError as error:
             sys.exit(f"safelatent worker: cannot serve metrics on port {port}: {error.strerror}")
     connection: Redis = Redis.from_url(settings.redis_url, socket_connect_timeout=2)
-    reporter = ProgressReporter(connection)
+    tasks.desk = tasks.Desk(engine, Store(settings.store_url), Jobs(connection), observer)
+    reporter = ProgressReporter(connection, tasks.desk.meter)
     engine.after_step = reporter.after_step
     observer.watch(engine)
-    tasks.desk = tasks.Desk(engine, Store(settings.store_url), Jobs(connection), observer)
     slots = Slots(settings.slots, engine.family.model, tasks.desk)
     observer.watch_slots(
         settings.slots, lambda: sum(s.work_in_hand is not None for s in slots.slots)

@@ -17,18 +17,18 @@ from typing import Any
 from redis import Redis
 from redis.exceptions import RedisError
 from rq import SimpleWorker
-from rq.exceptions import DequeueTimeout, StopRequested
+from rq.exceptions import StopRequested
 from rq.executions import Execution
 from rq.job import Job
 from rq.queue import Queue
-from rq.registry import clean_registries
 from rq.serializers import JSONSerializer
 from rq.timeouts import TimerDeathPenalty
 
 from safelatent import events
-from safelatent.jobs import SafeJob, SafeQueue, queues
+from safelatent.queues import SafeJob, SafeQueue
 from safelatent.schema import Model, Progress
 from worker import engine
+from worker.meter import Meter
 from worker.tasks import Cancelled, Desk
 
 log = logging.getLogger(__name__)
@@ -47,17 +47,16 @@ class Slot(SimpleWorker):
     death_penalty_class = TimerDeathPenalty
     log_result_lifespan = False
 
-    def __init__(self, queues: Sequence[SafeQueue], desk: Desk, home: SafeQueue, name: str):
-        """`home` is the queue that an idle slot blocks on; it looks into all of them first."""
+    def __init__(self, model: str, desk: Desk, name: str):
         super().__init__(
-            queues,
+            [model],  # what dashboards see; `turns` says in which queue the next job is
             name=name,
             connection=desk.jobs.connection,
             serializer=JSONSerializer,
             log_job_description=False,
         )
         self.desk = desk
-        self.home = home
+        self.model = model
         self.stopping = threading.Event()
         self.work_in_hand: tuple[Job, Execution] | None = None
 
@@ -73,26 +72,20 @@ class Slot(SimpleWorker):
     def dequeue_job_and_maintain_ttl(
         self, timeout: int | None, max_idle_time: int | None = None
     ) -> tuple[Job, Queue]:
-        """The most urgent job. One queue a call: several would be a BLPOP, which can lose a job."""
+        """The job whose turn it is (`safelatent.turns`)."""
+        turns = self.desk.jobs.turns
         self.set_state("idle")
-        look_at_all = [(each, None) for each in self.queues]
         while not self.stopping.is_set():
             self.heartbeat()
-            for place, wait_s in [*look_at_all, (self.home, 1)]:
-                try:
-                    found = self.queue_class.dequeue_any(
-                        [place],
-                        wait_s,
-                        connection=self.connection,
-                        job_class=self.job_class,
-                        serializer=self.serializer,
-                        death_penalty_class=self.death_penalty_class,
-                    )
-                except DequeueTimeout:
-                    continue
-                if found is not None:
-                    return found
+            if claimed := turns.claim(self.model, LEASE_S):
+                return claimed
+            turns.listen(self.model, 1)
         raise StopRequested
+
+    def prepare_execution(self, job: Job) -> Execution:
+        execution: Execution = super().prepare_execution(job)
+        self.desk.jobs.turns.confirm(job)
+        return execution
 
     def perform_job(self, job: Job, queue: Queue, execution: Execution) -> bool:
         self.work_in_hand = job, execution
@@ -100,7 +93,8 @@ class Slot(SimpleWorker):
             self._stopped_job_id = job.id
             self.desk.cancel(job.id)
         try:
-            return bool(super().perform_job(job, queue, execution))
+            with self.desk.meter.busy():
+                return bool(super().perform_job(job, queue, execution))
         finally:
             self.work_in_hand = None
             events.publish_finished(self.connection, job.id)
@@ -114,9 +108,6 @@ class Slot(SimpleWorker):
         """A cancelled generation is no error, and needs no traceback in the log."""
         if not isinstance(exc_info[1], Cancelled):
             super().handle_exception(job, *exc_info)
-
-    def prepare_job_execution(self, job: Job, remove_from_intermediate_queue: bool = False) -> None:
-        super().prepare_job_execution(job, remove_from_intermediate_queue=True)
 
     def get_heartbeat_ttl(self, job: Job, working_time: float = 0.0) -> int:
         return LEASE_S
@@ -136,11 +127,7 @@ class Slots:
         self.model = model
         self.desk = desk
         self.connection = desk.jobs.connection
-        self.queues = queues(model.id, self.connection)
-        self.slots = [
-            Slot(self.queues, desk, self.queues[i % len(self.queues)], f"{self.name}-{i}")
-            for i in range(count)
-        ]
+        self.slots = [Slot(model.id, desk, f"{self.name}-{i}") for i in range(count)]
         self._threads = [
             threading.Thread(target=slot.run, name=f"slot-{i}") for i, slot in enumerate(self.slots)
         ]
@@ -178,30 +165,31 @@ class Slots:
             pass  # the announcement lapses by itself
 
     def _renew(self) -> None:
-        self.desk.jobs.announce(self.name, self.model, ttl_s=LEASE_S)
+        pace = self.desk.meter.pace(len(self.slots))
+        self.desk.jobs.announce(self.name, self.model, ttl_s=LEASE_S, pace=pace)
         for slot in self.slots:
             if slot.work_in_hand is not None:
                 slot.maintain_heartbeats(*slot.work_in_hand)
 
     def _sweep(self) -> None:
-        """Queue again what dead workers held. Two sweeps at once could double jobs: so, a lock."""
+        """Queue again what dead workers held. One worker at a time is enough: so, a lock."""
         if self.connection.set(SWEEP_LOCK, self.name, nx=True, px=BEAT_S * 1000):
-            for each in self.queues:
-                clean_registries(each)
-                each.intermediate_queue.cleanup(self.slots[0], each)
+            self.desk.jobs.turns.sweep(self.model.id)
 
 
 class ProgressReporter:
     """Publishes the engine's steps from a thread of its own, so that no step waits for Redis."""
 
-    def __init__(self, connection: Redis):
+    def __init__(self, connection: Redis, meter: Meter):
         self.connection = connection
+        self.meter = meter
         self._steps: queue.SimpleQueue[dict[str, Progress] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._publish_until_stopped, name="progress")
         self._thread.start()
 
     def after_step(self, images: Sequence[engine.Image]) -> None:
         """The engine's callback: a generation is as far as the slowest of its images."""
+        self.meter.count(images)
         steps: dict[str, Progress] = {}
         for image in images:
             step = round(image.call * image.spec.steps / image.calls)

@@ -36,6 +36,7 @@ from safelatent.store import Store
 from worker import pictures
 from worker.engine import Engine, ImageSpec, Made
 from worker.engine import Image as RunningImage
+from worker.meter import Meter
 from worker.observing import Observer
 
 log = logging.getLogger(__name__)
@@ -74,6 +75,7 @@ class Desk:
         self.store = store
         self.jobs = jobs
         self.observer = observer or Observer()
+        self.meter = Meter()
         self._turns = Turns()
         self._lock = threading.Lock()
         self._images: dict[str, list[RunningImage]] = {}

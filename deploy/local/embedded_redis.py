@@ -14,7 +14,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 OLDEST = (6, 2)
-"""RQ takes jobs with BLMOVE, which came with 6.2."""
+"""The oldest that the tests have seen."""
 
 
 def find_server() -> str | None:

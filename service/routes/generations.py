@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Depends, Path, Request, Response
 from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import MutableHeaders
 
 from safelatent import errors, logs, traces
 from safelatent.jobs import Once
@@ -20,6 +21,7 @@ from safelatent.schema import (
     LoadedModel,
     Status,
 )
+from safelatent.turns import Share
 from safelatent.webhooks import Event
 from service import accept
 from service.auth import Caller, TheCaller
@@ -146,8 +148,12 @@ async def json_only(request: Request) -> None:
             errors.InvalidRequest,
             errors.SafetyCannotAct,
             errors.KeyReused,
+            errors.RateLimited,
+            errors.TooManyQueued,
             errors.JobError,
+            errors.DeadlineExceeded,
             errors.QueueUnavailable,
+            errors.QueueFull,
             errors.StoreUnavailable,
         ),
     },
@@ -166,10 +172,11 @@ async def generate(
     media_type = _media_type(asked, request)
     if image_format := accept.IMAGES.get(media_type):
         asked = asked.model_copy(update={"image_format": image_format})
-    generation = await run_in_threadpool(submit, asked, parts, caller, key)
+    generation = await run_in_threadpool(submit, asked, parts, caller, response.headers, key)
     if media_type == accept.EVENT_STREAM:
         cancels = prefers_cancel(request.headers.getlist("prefer"))
         answer = await watch(parts.waiting, generation, caller.tenant, cancels=cancels)
+        answer.headers.update(response.headers)
         answer.headers["Location"] = f"/generations/{generation.id}"
         answer.headers["Vary"] = NEGOTIATED
         return answer
@@ -378,13 +385,21 @@ def _content(generation: Generation, image: Image, parts: Parts) -> bytes:
 
 
 def submit(
-    asked: GenerationRequest, parts: Parts, caller: Caller, once: Once | None = None
+    asked: GenerationRequest,
+    parts: Parts,
+    caller: Caller,
+    headers: MutableHeaders,
+    once: Once | None = None,
 ) -> Generation:
-    """Queue what a caller asks for, as its policy allows it."""
+    """Queue what a caller asks for, as its policy and its rates allow it; `headers` tell those."""
     request, policy = caller.tighten(_complete(asked, parts))
     carried = {"request_id": logs.fields().get("request_id", ""), **traces.carried()}
     if request.webhook is not None:
         carried["seal"] = _seal(request.webhook, parts, caller)
+
+    def admit() -> None:
+        headers.update(parts.limits.admit(caller, request))
+
     generation = parts.jobs.submit(
         request,
         caller.tenant,
@@ -392,6 +407,8 @@ def submit(
         once,
         kept_s=caller.rights.retention_s,
         carried=carried,
+        share=Share(caller.rights.weight, caller.rights.max_running),
+        admit=admit,
     )
     note(generation_id=generation.id)
     parts.metrics.saw_submitted(request.model, caller.tenant, request.safety.level)

@@ -11,6 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import MutableHeaders
 
 from safelatent import errors
 from safelatent.schema import (
@@ -191,20 +192,22 @@ class ModelList(BaseModel):
     openapi_extra={"parameters": [generations.IDEMPOTENCY_KEY]},
 )
 async def generate(
-    asked: ImagesRequest, request: Request, parts: TheParts, caller: TheCaller
+    asked: ImagesRequest, request: Request, response: Response, parts: TheParts, caller: TheCaller
 ) -> Any:
     """Holds the line until the images are done; with `stream` they come as events.
 
     Who hangs up meanwhile cancels them, unless an Idempotency-Key says that it will come back.
     """
-    generation = await run_in_threadpool(_submit, asked, request, parts, caller)
+    generation = await run_in_threadpool(_submit, asked, request, parts, caller, response.headers)
     generation = await _ended(generation, request, parts, caller)
 
     def answer() -> ImagesAnswer:
         return _answer(generation, asked, str(request.base_url).rstrip("/"), parts)
 
     answered = await run_in_threadpool(answer)
-    return Response(_events(answered), media_type="text/event-stream") if asked.stream else answered
+    if not asked.stream:
+        return answered
+    return Response(_events(answered), 200, response.headers, "text/event-stream")
 
 
 @router.get("/models", summary="List the models, as OpenAI does")
@@ -223,11 +226,14 @@ def model(id: Annotated[str, Path(max_length=200)], parts: TheParts, caller: The
     raise errors.NotFound(f"there is no model {id!r}; GET /v1/models lists them")
 
 
-def _submit(asked: ImagesRequest, request: Request, parts: Parts, caller: Caller) -> Generation:
+def _submit(
+    asked: ImagesRequest, request: Request, parts: Parts, caller: Caller, headers: MutableHeaders
+) -> Generation:
     """Queue it; what is wrong with it is told in the caller's words."""
     try:
         wanted = _request(asked)
-        return generations.submit(wanted, parts, caller, generations.once(wanted, request))
+        once = generations.once(wanted, request)
+        return generations.submit(wanted, parts, caller, headers, once)
     except errors.RequestError as error:
         problem = error.problem
         first = problem.errors[0].field if problem.errors else ""

@@ -17,7 +17,7 @@ from rq.serializers import JSONSerializer
 from rq.timeouts import TimerDeathPenalty
 
 from safelatent import events
-from safelatent.jobs import SafeJob, SafeQueue, queues
+from safelatent.queues import SafeJob, SafeQueue, queues
 from safelatent.schema import GenerationRequest, Image, ImageSafety, Model, Result, Status
 
 CARD = Model(

@@ -27,7 +27,7 @@ def ask(
     """Ask for an image's bytes while a worker is at work."""
 
     def work_on_the_next() -> None:
-        while not connection.llen("rq:queue:tiny:normal"):
+        while not connection.llen("rq:queue:tiny:open:normal"):
             time.sleep(0.02)
         work(connection, generate)
 
@@ -153,7 +153,7 @@ def test_twenty_at_once_are_one(http: httpx.Client, connection: Redis) -> None:
     with ThreadPoolExecutor(20) as crowd:
         ids = {each.json()["id"] for each in crowd.map(lambda _: repeat(http, "k"), range(20))}
     assert len(ids) == 1
-    assert connection.llen("rq:queue:tiny:normal") == 1
+    assert connection.llen("rq:queue:tiny:open:normal") == 1
 
 
 def test_a_key_whose_first_request_is_not_queued_yet_is_a_409(

@@ -90,7 +90,7 @@ def test_a_hundred_wait_on_one_connection(http: httpx.Client, connection: Redis)
             waiting.submit(pool.post, "/generate", json={"prompt": "a cat"}, headers=wait(50))
             for _ in range(count)
         ]
-        while connection.llen("rq:queue:tiny:normal") < count:
+        while connection.llen("rq:queue:tiny:open:normal") < count:
             time.sleep(0.02)
         work(connection, result)
         assert {answer.result().status_code for answer in answers} == {200}
@@ -208,7 +208,7 @@ def in_the_background(do: Any, after_s: float = 0) -> Iterator[None]:
 
 
 def work_on_the_next(connection: Redis) -> None:
-    while not connection.llen("rq:queue:tiny:normal"):
+    while not connection.llen("rq:queue:tiny:open:normal"):
         time.sleep(0.02)
     time.sleep(0.2)  # for the request to be waiting when its event comes
     work(connection, result)

@@ -10,6 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from redis import Redis
 
 from safelatent.bounded import Bounded
+from safelatent.forecast import Pace
 from safelatent.jobs import Jobs
 from service.app import create_app
 from service.settings import Settings
@@ -72,8 +73,7 @@ def test_what_waits_is_read_at_the_scrape(http: httpx.Client, connection: Redis)
     submitted = samples(http)["safelatent_generations_submitted_total"]
     assert ({"model": "tiny", "tenant": "open", "level": "strong"}, before + 3) in submitted
 
-    Jobs(connection).announce("abc", CARD, ttl_s=60)
-    connection.sadd("rq:workers", "rq:worker:abc-0", "rq:worker:abc-1", "rq:worker:dead-0")
+    Jobs(connection).announce("abc", CARD, ttl_s=60, pace=Pace(throughput=0, each=0, slots=2))
     assert value(http, "safelatent_workers", model="tiny") == 1
     assert value(http, "safelatent_slots", model="tiny") == 2
 

@@ -19,7 +19,7 @@ from openai import AsyncOpenAI, OpenAI
 from redis import Redis
 from rq import get_current_job
 
-from safelatent.jobs import queues
+from safelatent.queues import queues
 from safelatent.schema import Blocked, Check, Image, ImageSafety
 from safelatent.store import Store
 from service import policy

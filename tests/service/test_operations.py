@@ -168,7 +168,7 @@ def test_asked_to_end_it_lets_who_waits_go_first(redis_url: str, connection: Red
     process = subprocess.Popen(
         [sys.executable, "-m", "service"], env=environment, stderr=subprocess.DEVNULL
     )
-    queue = "rq:queue:tiny:normal"
+    queue = "rq:queue:tiny:open:normal"
     transport = httpx.HTTPTransport(retries=10)  # of the connection, until it listens
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", transport=transport, timeout=60) as http:
         ending = threading.Thread(target=end_once_queued, args=(process, connection, queue))

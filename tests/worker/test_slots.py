@@ -23,7 +23,8 @@ from rq.serializers import JSONSerializer
 from rq.webhook import Webhook
 
 from safelatent import events
-from safelatent.jobs import TASK, Jobs, queue_name
+from safelatent.jobs import Jobs
+from safelatent.queues import TASK, queues
 from safelatent.schema import Generation, GenerationRequest, Status
 from safelatent.store import Store
 from tests.worker import process
@@ -108,8 +109,7 @@ class House:
         return Job.fetch(id, self.connection, serializer=JSONSerializer)
 
     def queued(self) -> list[str]:
-        queues = [Queue(queue_name("tiny", p), self.connection) for p in ("high", "normal", "low")]
-        return [id for queue in queues for id in queue.job_ids]
+        return [id for queue in queues("tiny", self.connection) for id in queue.job_ids]
 
     def end(self) -> None:
         for worker in self.workers:
@@ -256,7 +256,7 @@ def test_a_forged_job_runs_nothing_and_calls_nobody(house, webhook):
     """Whoever can write to Redis can put any job there; only generations are ever done."""
     url, asked = webhook
     trace = "tests.worker.process.trace"
-    forger = Queue("tiny:high", house.connection, serializer=JSONSerializer)
+    forger = Queue("tiny:open:high", house.connection, serializer=JSONSerializer)
     genuine = house.submit(1)
     extras = {
         "on_success": Callback(trace),
