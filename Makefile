@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-EXTRAS := service,worker,local,dev
+EXTRAS := service,worker,local,cli,dev
 
 .DEFAULT_GOAL := help
 .PHONY: help run test check bench openapi evaluate-embedded model clean

@@ -92,9 +92,9 @@ def facts(generation: schema.Generation, image: schema.Image) -> dict[str, str]:
     if summary := image.safety.summary:
         found["undone"] = f"{summary.undone:.1%} of the guidance, mean over the calls it acted on"
         found["cosine"] = f"{summary.cosine:.3f} between prompt and concept"
-        found["calls"] = f"{summary.applied_calls} of {summary.calls}"
+        found["acted in"] = f"{summary.applied_calls} of {summary.calls} calls"
         if summary.peak_call is not None:
-            found["calls"] += f", most at call {summary.peak_call}"
+            found["acted in"] += f", most in call {summary.peak_call}"
     for check in image.safety.checks:
         found[check.check] = _verdict(check)
     if image.blocked:

@@ -17,7 +17,7 @@ def test_a_notebook_shows_the_picture_beside_its_safety(url: str) -> None:
         content = base64.b64encode(done.images[0].bytes()).decode()
     assert f"data:image/png;base64,{content}" in html
     assert "&lt;b&gt;a cat" in html and "<b>a cat" not in html
-    for words in ("strong", "12.4%", "43 of 50", "passed; nearest: nudity 0.12, limit 0.5"):
+    for words in ("strong", "12.4%", "43 of 50 calls", "passed; nearest: nudity 0.12, limit 0.5"):
         assert words in html
 
 
