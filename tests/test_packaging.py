@@ -46,7 +46,8 @@ def test_a_clean_environment_gets_pydantic_and_httpx_and_nothing_more(
     assert OURS <= names <= OURS | THEIRS
 
     def run(*command: str | Path) -> tuple[int, str, str]:
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        # Nothing of the environment, which may name this tree in PYTHONPATH.
+        done = subprocess.run(command, cwd=tmp_path, env={}, capture_output=True, text=True)
         return done.returncode, done.stdout, done.stderr
 
     assert run(bin / "python", "-c", "import safelatent; safelatent.Client().close()")[0] == 0
