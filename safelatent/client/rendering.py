@@ -66,7 +66,7 @@ def _content(image: Any) -> bytes | None:
         return image._content  # type: ignore[no-any-return]
     try:
         return image.bytes()  # type: ignore[no-any-return]
-    except errors.SafelatentError:
+    except (errors.SafelatentError, RuntimeError):  # the latter of a client that was closed
         return None
 
 
@@ -149,7 +149,7 @@ def _figure(generation: schema.Generation, image: schema.Image, content: bytes |
             f'<img width="{size}" alt="{html.escape(generation.request.prompt, quote=True)}" '
             f'src="data:{html.escape(image.media_type or "image/png")};base64,{source}">'
         )
-    title, why = "Not loaded", "await its bytes() first"
+    title, why = "Not loaded", "its bytes() were not fetched"
     if image.blocked:
         title, why = "Blocked", why_blocked(image)
     return (

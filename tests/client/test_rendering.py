@@ -33,6 +33,12 @@ def test_a_blocked_image_renders_as_what_it_is(either: Any, url: str) -> None:
     assert "<img" in done._repr_html_()
 
 
+def test_after_its_client_was_closed_it_still_shows_its_safety(url: str) -> None:
+    with Client(url) as client:
+        done = client.generate("a cat")
+    assert "Not loaded" in done._repr_html_() and "12.4%" in done._repr_html_()
+
+
 def test_the_facts_say_why_safety_did_not_act(url: str) -> None:
     with Client(url) as client:
         done = client.generate(GenerationRequest(prompt="a cat"), safety="off")
