@@ -31,6 +31,7 @@ def read(*chunks: bytes) -> list[Message]:
         ),
         ("data: a\u2028b\x85c\n\n".encode(), [Message("message", "a\u2028b\x85c", "")]),
         (b"\xef\xbb\xbfdata: a\n\n", [Message("message", "a", "")]),
+        (b"data: a\r\ndata: b\r\n\r\n", [Message("message", "a\nb", "")]),
         (b"data: a\n", []),  # not complete
     ],
 )
