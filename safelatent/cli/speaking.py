@@ -10,17 +10,27 @@ from pydantic_core import to_jsonable_python
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    Progress,
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
-from safelatent import Client, Generation, Step, errors
+from safelatent import (
+    Client,
+    Finished,
+    Generation,
+    Image,
+    Queued,
+    Snapshot,
+    Started,
+    Step,
+    errors,
+)
 from safelatent.client.events import Event
 from safelatent.client.rendering import facts
-from safelatent.schema import Status
+from safelatent.schema import Progress, Status
 
 LEAST_COLUMN = 12
 """Characters of a table's last column, below which there is no table."""
@@ -134,7 +144,7 @@ def summary(generation: Generation) -> None:
 
 
 @contextmanager
-def progress() -> Iterator[Callable[[Event[Generation]], None]]:
+def progress() -> Iterator[Callable[[Event[Generation, Image]], None]]:
     """A bar with steps and the time that is left, on a terminal; hears a generation's events."""
     columns = (
         TextColumn("{task.description}"),
@@ -142,20 +152,25 @@ def progress() -> Iterator[Callable[[Event[Generation]], None]]:
         TextColumn("{task.fields[steps]}"),
         TimeRemainingColumn(compact=True, elapsed_when_finished=True),
     )
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as shown:
+    with Bar(*columns, console=err, transient=True, disable=not err.is_terminal) as shown:
         bar = shown.add_task("submitting", total=None, steps="")
 
-        def hear(event: Event[Generation]) -> None:
-            told = event if isinstance(event, Step) else event.generation.progress
+        def hear(event: Event[Generation, Image]) -> None:
+            match event:
+                case Step(step=step, steps=steps):
+                    show("drawing", Progress(step=step, steps=steps))
+                case Queued(position=position):
+                    show(f"queued, {position} before it" if position else "queued")
+                case Started():
+                    show("started")
+                case Snapshot(generation=generation) | Finished(generation=generation):
+                    told = generation.progress
+                    show("drawing" if told else generation.status.value, told)
+
+        def show(said: str, told: Progress | None = None) -> None:
+            shown.update(bar, description=said)
             if told:
                 steps = f"{told.step}/{told.steps}"
                 shown.update(bar, completed=told.step, total=told.steps, steps=steps)
-            if isinstance(event, Step):
-                said = "drawing"
-            else:
-                said = "drawing" if told else event.generation.status.value
-                if event.generation.position:
-                    said += f", {event.generation.position} before it"
-            shown.update(bar, description=said)
 
         yield hear

@@ -10,7 +10,15 @@
 """
 
 from safelatent.client.asynchronous import AsyncClient, AsyncGeneration, AsyncImage
-from safelatent.client.events import Event, Finished, Snapshot, Step
+from safelatent.client.events import (
+    Event,
+    Finished,
+    ImageStored,
+    Queued,
+    Snapshot,
+    Started,
+    Step,
+)
 from safelatent.client.fields import RequestFields, SafetyFields
 from safelatent.client.synchronous import Client, Generation, Image
 
@@ -23,8 +31,11 @@ __all__ = [
     "Finished",
     "Generation",
     "Image",
+    "ImageStored",
+    "Queued",
     "RequestFields",
     "SafetyFields",
     "Snapshot",
+    "Started",
     "Step",
 ]

@@ -17,7 +17,15 @@ from pydantic import ConfigDict, PrivateAttr, TypeAdapter
 
 from safelatent import errors, schema
 from safelatent.client import sse
-from safelatent.client.events import Event, Finished, Snapshot, Step
+from safelatent.client.events import (
+    Event,
+    Finished,
+    ImageStored,
+    Queued,
+    Snapshot,
+    Started,
+    Step,
+)
 from safelatent.client.exchange import (
     EVENT_STREAM,
     HOLD_S,
@@ -198,7 +206,7 @@ class AsyncClient:
         self,
         prompt: str | GenerationRequest,
         *,
-        on_event: Callable[[Event[AsyncGeneration]], object] | None = None,
+        on_event: Callable[[Event[AsyncGeneration, AsyncImage]], object] | None = None,
         timeout: float | None = None,
         idempotency_key: str | None = None,
         **fields: Unpack[RequestFields],
@@ -209,11 +217,11 @@ class AsyncClient:
         >>> generation.safety.effective.applied
         True
 
-        `fields` are those of `GenerationRequest`; `on_event` hears a `Snapshot`, `Step`s and
-        `Finished`. Raises `GenerationFailed` or `GenerationCancelled`, and after `timeout`
-        seconds `StillRunning`: the generation then goes on, and is in the error. But when the
-        caller leaves, by Ctrl-C or because its task is cancelled, the generation is cancelled:
-        nobody else would know it. `submit` makes one that outlives its caller.
+        `fields` are those of `GenerationRequest`; `on_event` hears what `events` tells. Raises
+        `GenerationFailed` or `GenerationCancelled`, and after `timeout` seconds `StillRunning`:
+        the generation then goes on, and is in the error. But when the caller leaves, by Ctrl-C or
+        because its task is cancelled, the generation is cancelled: nobody else would know it.
+        `submit` makes one that outlives its caller.
         """
         generation = await self.submit(prompt, idempotency_key=idempotency_key, **fields)
         try:
@@ -299,8 +307,9 @@ class AsyncClient:
 
     async def events(
         self, id: str, *, last_event_id: str | None = None, timeout: float | None = None
-    ) -> AsyncGenerator[Event[AsyncGeneration]]:
-        """What a generation tells, until its end: a `Snapshot`, `Step`s, and `Finished`.
+    ) -> AsyncGenerator[Event[AsyncGeneration, AsyncImage]]:
+        """What a generation tells, until its end: a `Snapshot`, `Queued` when its place changes,
+        `Started`, `Step`s, `ImageStored` for each image, and `Finished`.
 
         >>> async for event in client.events(generation.id):
         ...     print(type(event).__name__)
@@ -461,14 +470,25 @@ class AsyncClient:
     def _page(self, content: bytes) -> AsyncPage:
         return AsyncPage.model_validate_json(content, extra="ignore", context={"client": self})
 
-    def _event(self, message: sse.Message) -> Event[AsyncGeneration] | None:
+    def _event(self, message: sse.Message) -> Event[AsyncGeneration, AsyncImage] | None:
         data = message.data.encode()
         match message.event:
             case "snapshot":
                 return Snapshot(self._generation(data), message.id)
+            case "queued":
+                place = schema.Place.model_validate_json(data)
+                return Queued(place.position, place.eta_s, message.id)
+            case "started":
+                started = schema.Started.model_validate_json(data)
+                return Started(started.started_at, message.id)
             case "step":
                 progress = Progress.model_validate_json(data)
                 return Step(progress.step, progress.steps, message.id)
+            case "image":
+                image = AsyncImage.model_validate_json(
+                    data, extra="ignore", context={"client": self}
+                )
+                return ImageStored(image, message.id)
             case "finished":
                 return Finished(self._generation(data), message.id)
         return None  # of a newer service

@@ -1,11 +1,13 @@
-"""What a generation tells while it goes on: a snapshot, its steps, its end."""
+"""What a generation tells while it goes on: a snapshot, its place, its steps, images, its end."""
 
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Generic, TypeVar
 
 from safelatent import schema
 
 AnyGeneration = TypeVar("AnyGeneration", bound=schema.Generation)
+AnyImage = TypeVar("AnyImage", bound=schema.Image)
 
 
 @dataclass(frozen=True)
@@ -13,6 +15,23 @@ class Snapshot(Generic[AnyGeneration]):
     """The generation as it stood when the stream began, or began anew."""
 
     generation: AnyGeneration
+    id: str = ""
+
+
+@dataclass(frozen=True)
+class Queued:
+    """It waits, and its place has changed; 0 is next."""
+
+    position: int
+    eta_s: float | None = None
+    id: str = ""
+
+
+@dataclass(frozen=True)
+class Started:
+    """A worker has begun it; again when a crash had put it back."""
+
+    started_at: datetime
     id: str = ""
 
 
@@ -26,6 +45,14 @@ class Step:
 
 
 @dataclass(frozen=True)
+class ImageStored(Generic[AnyImage]):
+    """An image is there, although others may still be drawn."""
+
+    image: AnyImage
+    id: str = ""
+
+
+@dataclass(frozen=True)
 class Finished(Generic[AnyGeneration]):
     """The end, whichever it is: the generation's `status` says. No event comes after it."""
 
@@ -33,4 +60,11 @@ class Finished(Generic[AnyGeneration]):
     id: str = ""
 
 
-Event = Snapshot[AnyGeneration] | Step | Finished[AnyGeneration]
+Event = (
+    Snapshot[AnyGeneration]
+    | Queued
+    | Started
+    | Step
+    | ImageStored[AnyImage]
+    | Finished[AnyGeneration]
+)

@@ -41,3 +41,4 @@ class RequestFields(TypedDict, total=False):
     priority: Priority
     deadline_s: float
     metadata: dict[str, str | int | float | bool]
+    webhook: str

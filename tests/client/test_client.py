@@ -286,15 +286,22 @@ def test_events_are_typed_and_a_broken_line_is_taken_up_again(talking_to: Any) -
         httpx.ReadError("broke"),
         told(
             ("horoscope", {"fair": True}, "2-1"),
+            ("queued", {"position": 3, "eta_s": 4.5}, "2-2.3"),
+            ("started", {"started_at": "2026-01-01T00:00:00Z"}, "2-3"),
+            ("image", image(), "2-4"),
             ("step", {"step": 5, "steps": 9}, "3-0"),
             ("finished", generation("succeeded"), "4-9"),
         ),
+        httpx.Response(200, content=b"pixels"),
     )
     heard = list(client.events(ID))
-    assert [type(event) for event in heard] == [Snapshot, Step, Step, Finished]
-    assert (heard[2].step, heard[2].steps, heard[2].id) == (5, 9, "3-0")
+    queued, started, stored, step = heard[2:6]
+    assert [type(event) for event in heard[:2]] == [Snapshot, Step]
+    assert (queued.position, queued.eta_s, started.started_at.year) == (3, 4.5, 2026)
+    assert stored.image.bytes() == b"pixels" if isinstance(client, Client) else stored.image
+    assert (step.step, step.steps, step.id) == (5, 9, "3-0")
     assert heard[-1].generation.status == "succeeded"
-    seen = [request.headers.get("Last-Event-ID") for request in service.asked]
+    seen = [request.headers.get("Last-Event-ID") for request in service.asked[:3]]
     assert seen == [None, "2-0", "2-0"]
 
 

@@ -15,10 +15,11 @@ ROOT = Path(__file__).parents[2]
 
 SCRIPT = """
 from pathlib import Path
-from safelatent import AsyncClient, Client, Finished, Generation, Snapshot, Step, errors
+from safelatent import AsyncClient, Client, Finished, Generation, Image, Snapshot, Step, errors
+from safelatent.client import Event
 
 def draw(client: Client) -> Path:
-    def tell(event: Snapshot[Generation] | Step | Finished[Generation]) -> None:
+    def tell(event: Event[Generation, Image]) -> None:
         match event:
             case Step(step=step, steps=steps):
                 print(step / steps)
