@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-EXTRAS := service,worker,local,dev
+EXTRAS := service,worker,local,cli,dev
 
 .DEFAULT_GOAL := help
 .PHONY: help run test check bench openapi evaluate-embedded model clean
@@ -28,6 +28,7 @@ check: $(INSTALLED) ## style, types, import rules, container files
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python tools/unasync.py --check
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
 

@@ -70,7 +70,7 @@ def stack(model: str) -> Iterator[Client]:
                     until(lambda: Path(folder, "redis.sock").exists(), processes)
             url = f"http://127.0.0.1:{port}"
             until(lambda: _is_ready(url), processes)
-            with Client(url, http=httpx.Client(trust_env=False)) as client:
+            with Client(url, http_client=httpx.Client(trust_env=False)) as client:
                 yield client
         finally:
             for process in reversed(processes):  # Redis last: a worker that drains still writes

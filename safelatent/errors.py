@@ -55,6 +55,8 @@ class SafelatentError(Exception):
 
     status = 500
     title = "Something went wrong"
+    request_id: str | None = None
+    """Of the answer that brought it (client only); the service's log has the same."""
 
     def __init__(
         self,
@@ -75,6 +77,10 @@ class SafelatentError(Exception):
         self.retry_after_s = retry_after_s
         self.headers = headers
         super().__init__(self.problem.detail or self.problem.title)
+
+    def __str__(self) -> str:
+        said = super().__str__()
+        return f"{said} (request {self.request_id})" if self.request_id else said
 
     @classmethod
     def slug(cls) -> str:
@@ -265,6 +271,8 @@ class StillRunning(ServiceError):
 
     status = 504
     title = "The generation has not ended yet"
+    generation: Generation | None = None
+    """As it stood (client only)."""
 
 
 class NoAnswer(ServiceError):

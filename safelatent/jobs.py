@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
-from pydantic import ValidationError
 from redis import Redis
 from redis.exceptions import RedisError
 from rq import Retry
@@ -23,7 +22,7 @@ from rq.utils import str_to_date
 
 from safelatent import deliveries, errors, events
 from safelatent.forecast import Pace
-from safelatent.queues import TASK, SafeJob, SafeQueue, queue
+from safelatent.queues import TASK, SafeJob, SafeQueue, place_of, queue
 from safelatent.schema import (
     SCHEMA_VERSION,
     Generation,
@@ -307,7 +306,10 @@ class Jobs:
         found: dict[tuple[str, str], tuple[int, datetime | None]] = {}
         with redis_errors():
             for each in SafeQueue.all(self.connection, serializer=JSONSerializer):
-                model, _, priority = each.name.rsplit(":", 2)
+                try:
+                    model, _, priority = place_of(each.name)
+                except ValueError:
+                    continue  # somebody else's
                 with self.connection.pipeline(transaction=False) as pipeline:
                     pipeline.llen(each.key)
                     pipeline.lindex(each.key, 0)
@@ -347,8 +349,9 @@ class Jobs:
 
     def _generation(self, job: Job) -> Generation:
         try:
+            place_of(job.origin)
             request = GenerationRequest.model_validate(job.kwargs["request"])
-        except (DeserializationError, ValidationError, KeyError, TypeError) as error:
+        except (DeserializationError, ValueError, KeyError, TypeError) as error:  # forged
             raise errors.NotFound(f"job {job.id!r} is no generation") from error
         status = STATUS.get(job.get_status(refresh=False), Status.QUEUED)
         generation = Generation(

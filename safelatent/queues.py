@@ -59,7 +59,7 @@ class SafeQueue(Queue):
 
     def line_up(self, pipeline: Pipeline | None = None) -> None:
         """Give the tenant a place among the model's tenants, and ring for a worker."""
-        model, tenant, _ = self.name.rsplit(":", 2)
+        model, tenant, _ = place_of(self.name)
         connection = self.connection if pipeline is None else pipeline
         connection.sadd(TENANTS.format(model), tenant)
         connection.zadd(TURNS.format(model), {tenant: 0}, nx=True)
@@ -69,6 +69,14 @@ class SafeQueue(Queue):
 
 def queue_name(model: str, tenant: str, priority: str) -> str:
     return f"{model}:{tenant}:{priority}"
+
+
+def place_of(queue_name: str) -> tuple[str, str, Priority]:
+    """Model, tenant and priority of a queue. Raises ValueError for a name that is none of ours."""
+    model, tenant, priority = queue_name.rsplit(":", 2)
+    if priority not in PRIORITIES:
+        raise ValueError(f"{queue_name!r} is no queue of a model, a tenant and a priority")
+    return model, tenant, priority
 
 
 def queue(model: str, tenant: str, priority: str, connection: Redis) -> SafeQueue:

@@ -32,6 +32,7 @@ from safelatent.queues import (
     TURNS,
     SafeJob,
     SafeQueue,
+    place_of,
     queue,
     queue_name,
     queues,
@@ -92,7 +93,7 @@ class Turns:
         self, line: SafeQueue, job: Job, cost: float, share: Share, pipeline: Pipeline
     ) -> None:
         """Note what a job costs that is being queued, and what its tenant may have."""
-        model, tenant, _ = line.name.rsplit(":", 2)
+        model, tenant, _ = place_of(line.name)
         name = SHARE.format(model, tenant)
         pipeline.hset(job.key, COST, str(cost))
         pipeline.hset(name, "weight", str(share.weight))
@@ -204,7 +205,7 @@ class Turns:
         """
         with self.connection.pipeline(transaction=False) as pipeline:
             for id, origin, _ in jobs:
-                model, tenant, priority = origin.rsplit(":", 2)
+                model, tenant, priority = place_of(origin)
                 for each in PRIORITIES:
                     pipeline.llen(queue(model, tenant, each, self.connection).key)
                 here = queue(model, tenant, priority, self.connection).key
@@ -212,13 +213,13 @@ class Turns:
             answers = iter(pipeline.execute())
         found = []
         for _, origin, cost in jobs:
-            model, tenant, priority = origin.rsplit(":", 2)
+            model, tenant, priority = place_of(origin)
             lengths = [next(answers) for _ in PRIORITIES]
             place = next(answers)
             if place is None:
                 found.append((None, None))
             else:
-                own = sum(lengths[: PRIORITIES.index(priority)]) + place  # type: ignore[arg-type]
+                own = sum(lengths[: PRIORITIES.index(priority)]) + place
                 found.append(self._outlook(model, tenant, own, cost))
         return found
 

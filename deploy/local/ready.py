@@ -35,7 +35,7 @@ def generate(prompt: str) -> int:
     from safelatent.client import Client
 
     try:
-        with Client(URL, http=httpx.Client(trust_env=False)) as client:
+        with Client(URL, http_client=httpx.Client(trust_env=False)) as client:
             generation = client.generate(prompt)
             for image in generation.images:
                 if image.blocked:

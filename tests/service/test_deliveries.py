@@ -294,7 +294,7 @@ def test_a_forged_job_has_nobody_called(
     genuine = ask(http, f"{receiver.url}/genuine")
     work(connection, result)
     kwargs = {"version": 1, "request": {}}
-    forger = Queue("tiny:high", connection, serializer=JSONSerializer)
+    forger = Queue("tiny:open:high", connection, serializer=JSONSerializer)
     taken = http.get(f"/generations/{genuine}").json()["request"]
     kwargs["request"] = taken | {"webhook": f"{receiver.url}/forged"}
     forged = []

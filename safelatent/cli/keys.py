@@ -1,4 +1,4 @@
-"""The command line: `safelatent key new` makes an API key."""
+"""`safelatent key new` makes an API key. Standard library only: operators need no extra for it."""
 
 import argparse
 import hashlib
@@ -70,7 +70,3 @@ def _days(text: str) -> int:
     if not re.fullmatch(r"[1-9][0-9]{0,4}", text):
         raise argparse.ArgumentTypeError(f"{text!r} is no number of days: 1 to 99999")
     return int(text)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,5 @@
+"""`python -m safelatent.cli` is the command `safelatent`."""
+
+from safelatent.cli import main
+
+main()
