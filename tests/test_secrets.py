@@ -15,7 +15,7 @@ from redis import Redis
 from rq import Queue
 from rq.serializers import JSONSerializer
 
-from safelatent.jobs import TASK
+from safelatent.queues import TASK
 from safelatent.schema import SCHEMA_VERSION
 from tests.checkpoint import build
 from tests.conftest import RedisServer

@@ -12,7 +12,8 @@ from redis import Redis
 from rq import get_current_job
 
 from safelatent import errors, events
-from safelatent.jobs import Jobs, queues
+from safelatent.jobs import Jobs
+from safelatent.queues import queues
 from safelatent.safety import LEVELS
 from safelatent.schema import (
     Blocked,

@@ -23,7 +23,7 @@ from rq.serializers import JSONSerializer
 from standardwebhooks.webhooks import Webhook
 
 from safelatent import deliveries, errors, webhooks
-from safelatent.jobs import TASK
+from safelatent.queues import TASK
 from safelatent.schema import Status
 from service.app import create_app
 from service.settings import Settings

@@ -17,7 +17,8 @@ from rq.job import Job
 from rq.serializers import JSONSerializer
 from rq.webhook import Webhook
 
-from safelatent.jobs import Jobs, SafeJob
+from safelatent.jobs import Jobs
+from safelatent.queues import SafeJob
 from service.app import create_app
 from service.settings import Settings
 from tests.conftest import RedisServer
