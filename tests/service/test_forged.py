@@ -66,15 +66,21 @@ def test_pickles_stay_pickled(
 
 
 def test_forged_callbacks_and_webhooks_of_rq_are_dropped(
-    http: httpx.Client, connection: Redis, redis_url: str, tmp_path: Path
+    http: httpx.Client,
+    connection: Redis,
+    redis_url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """RQ's registries run failure callbacks and webhooks when they are merely counted."""
     canary = tmp_path / "canary"
+    monkeypatch.setenv("TRACE", str(canary))
+    trace = "tests.worker.process.trace"
     with Receiver() as receiver, delivering(redis_url, [SECRET]):
         ends = ("finished", "failed", "stopped", "canceled")
         webhooks = [{"url": receiver.url, "job_status": end} for end in ends]
         forged = {
-            **{f"{end}_callback_name": "os.mkdir" for end in ("success", "failure", "stopped")},
+            **{f"{end}_callback_name": trace for end in ("success", "failure", "stopped")},
             "webhooks": json.dumps(webhooks),
         }
         done, abandoned, foreign, cancelled = (
