@@ -174,7 +174,7 @@ EVERYBODY = [
 ]
 OWN = {
     "service": [
-        ("EVAL", "return 1", "0"),
+        ("EVAL", "return redis.call('HSET', 'safelatent:models', 'm', '{}')", "0"),
         ("HSET", "safelatent:models", "m", "{}"),
         ("ZADD", "safelatent:workers", "1", "w m"),
         ("XADD", "rq:results:1", "*", "a", "b"),
@@ -185,6 +185,7 @@ OWN = {
         ("ZADD", "safelatent:owned:acme", "1", "x"),
         ("SET", "safelatent:once:acme:k", "x"),
         ("ZADD", "safelatent:webhooks:due", "1", "x"),
+        ("DEL", "safelatent:rate:acme:requests"),
         ("HSET", "safelatent:webhook:1", "status", "delivered"),
         ("EVAL", "return redis.call('SET', 'safelatent:once:acme:k', 'x')", "0"),
         ("ZRANGE", "safelatent:owned:acme", "0", "-1"),

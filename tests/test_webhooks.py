@@ -42,7 +42,7 @@ def test_ours_is_the_standards() -> None:
     ("changed", "said"),
     [
         ({"webhook-id": "msg_2"}, "no signature"),
-        ({"webhook-timestamp": str(int(time.time()) + 1)}, "no signature"),
+        ({"webhook-timestamp": "1"}, "no signature"),
         ({"webhook-timestamp": "soon"}, "no time"),
         ({"webhook-timestamp": "²"}, "no time"),
         ({"webhook-timestamp": "9" * 5000}, "no time"),

@@ -39,7 +39,7 @@ class Receiver:
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["content-length"]))
+                body = self.rfile.read(int(self.headers["content-length"] or 0))
                 receiver.calls.append((self.path, dict(self.headers), body))
                 answer = receiver.answers.pop(0) if receiver.answers else 204
                 if callable(answer):

@@ -206,6 +206,21 @@ def test_what_ended_while_no_deliverer_lived_is_found(
     assert len(receiver.calls) == 1
 
 
+def test_only_who_holds_the_lease_moves_it_and_an_end_counts_once(connection: Redis) -> None:
+    owed = deliveries.Owed(connection)
+    connection.zadd(deliveries.DUE, {"a": 0})
+    lease, ids = owed.take(10, lease_s=60)
+    assert ids == ["a"] and owed.take(10, lease_s=60)[1] == []
+    held = owed.move("a", lease, 60, ended=1, attempts=1)
+    assert held is not None and owed.move("a", lease, None) is None
+    owed.ended("a")
+    assert owed.take(10, lease_s=60)[1] == []
+    assert owed.move("a", held, None, status="delivered") is not None
+    owed.ended("a")
+    assert connection.zcard(deliveries.DUE) == 0
+    assert deliveries.delivery(connection, "a", "https://b").status == "delivered"
+
+
 def test_a_deleted_generation_is_told_to_nobody(
     http: httpx.Client, connection: Redis, redis_url: str, receiver: Receiver
 ) -> None:

@@ -10,11 +10,12 @@ import pickle
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import pytest
 from redis import Redis
+from rq.webhook import Webhook
 
 from safelatent import deliveries, errors
 from safelatent.jobs import MODELS, OWNED
@@ -66,15 +67,21 @@ def test_pickles_stay_pickled(
 
 
 def test_forged_callbacks_and_webhooks_of_rq_are_dropped(
-    http: httpx.Client, connection: Redis, redis_url: str, tmp_path: Path
+    http: httpx.Client,
+    connection: Redis,
+    redis_url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """RQ's registries run failure callbacks and webhooks when they are merely counted."""
     canary = tmp_path / "canary"
+    monkeypatch.setenv("TRACE", str(canary))
+    trace = "tests.worker.process.trace"
     with Receiver() as receiver, delivering(redis_url, [SECRET]):
-        ends = ("finished", "failed", "stopped", "canceled")
-        webhooks = [{"url": receiver.url, "job_status": end} for end in ends]
+        ends: tuple[Literal["finished"], Literal["failed"]] = ("finished", "failed")
+        webhooks = [Webhook(receiver.url, end).to_dict() for end in ends]
         forged = {
-            **{f"{end}_callback_name": "os.mkdir" for end in ("success", "failure", "stopped")},
+            **{f"{end}_callback_name": trace for end in ("success", "failure", "stopped")},
             "webhooks": json.dumps(webhooks),
         }
         done, abandoned, foreign, cancelled = (
