@@ -5,10 +5,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+N ?= 300
 EXTRAS := service,worker,local,cli,dev
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check bench openapi evaluate-embedded model clean
+.PHONY: help run test check chaos bench openapi evaluate-embedded model clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +38,9 @@ bench: $(INSTALLED) ## speed and memory against diffusers' own pipeline
 
 openapi: $(INSTALLED) ## write docs/openapi.json anew; ARGS=--break although it breaks clients
 	$(BIN)/python -m service.openapi $(ARGS)
+
+chaos: $(INSTALLED) ## a whole stack under seeded faults; N=300 requests, ARGS="--seed 7"
+	$(BIN)/python -m chaos --n $(N) $(ARGS)
 
 evaluate-embedded: $(INSTALLED) ## what safety does to the embedded model, by a service that runs (make run)
 	$(BIN)/python -m evaluation.embedded $(ARGS)

@@ -26,6 +26,7 @@ from safelatent.schema import GenerationRequest, Model, Result, Status
 from safelatent.turns import Share
 from worker import tasks
 from worker.meter import Meter
+from worker.observing import Observer
 from worker.slots import Slots
 
 SLOTS = 8
@@ -51,6 +52,7 @@ class Sleeper:
     def __init__(self, jobs: Jobs):
         self.jobs = jobs
         self.meter = Meter()
+        self.observer = Observer()
 
     def cancel(self, id: str) -> None: ...
 
@@ -66,7 +68,7 @@ def run(model: str, repeats: int) -> list[dict[str, Any]]:
     with redis() as connection:
         jobs = Jobs(connection)
         tasks.desk = Sleeper(jobs)  # type: ignore[assignment]
-        slots = Slots(SLOTS, CARD, tasks.desk)  # type: ignore[arg-type]
+        slots = Slots(SLOTS, CARD, tasks.desk, "bench")  # type: ignore[arg-type]
         slots.start()
         rate, chance = SLOTS / (STEPS * STEP_S), random.Random(2)
         alone = waits(jobs, PHASE_S, rate / 4)
@@ -75,7 +77,8 @@ def run(model: str, repeats: int) -> list[dict[str, Any]]:
         beside = {part: waits(jobs, PHASE_S, rate / 2 * part) for part in (0.25, 0.5)}
         drop_all(connection)
         at_once, later = promises(jobs)
-        slots.drain()
+        slots.close()
+        slots.join()
         rows = [row("   p95 from request to result, alone", p(95, alone), "s")]
         for part, spent in beside.items():
             for at in (50, 95):
@@ -150,9 +153,9 @@ def claim_us(connection: Redis, tenants: int, held: bool) -> float:
             submit(jobs, f"t{i:03}", STEPS, share)
     if held:
         while connection.zcard(f"rq:wip:{CARD.id}:t{tenants - 1:03}:normal") < 1:
-            jobs.turns.claim(CARD.id, 600)
-        jobs.turns.claim(CARD.id, 600)
-    return cpu_us(connection, lambda: jobs.turns.claim(CARD.id, 600))
+            jobs.turns.claim(CARD.id, "worker-0", 600)
+        jobs.turns.claim(CARD.id, "worker-0", 600)
+    return cpu_us(connection, lambda: jobs.turns.claim(CARD.id, "worker-0", 600))
 
 
 def cpu_us(connection: Redis, do: Callable[[], Any]) -> float:

@@ -1,32 +1,41 @@
--- Take the job whose turn it is (turns.py), and hold it under a lease until RQ does.
+-- Take the job whose turn it is (turns.py), and start an execution of it, as RQ would.
 --
--- KEYS  turns, clock, bell of the model
+-- KEYS  turns, clock, bell of the model; executions of the worker
 -- ARGV  patterns of names: queue(tenant, priority), started registry(tenant, priority),
---       job(id), executions(id), share(tenant); seconds of the lease; the priorities
+--       job(id), executions(id), execution(id), share(tenant);
+--       id and worker of the execution; seconds of the lease, and for which RQ's registries believe
+--       in it; the priorities
 -- Returns {id, tenant, priority}, or nothing.
 
-local turns, clock_key, bell = unpack(KEYS)
-local queue_of, started_of, job_of, executions_of, share_of, lease_s = unpack(ARGV)
-local priorities = {unpack(ARGV, 7)}
-local now = tonumber(redis.call('TIME')[1])
+local turns, clock_key, bell, worker_executions = unpack(KEYS)
+local queue_of, started_of, job_of, executions_of, execution_of, share_of = unpack(ARGV)
+local execution, worker, lease_s, registered_s = unpack(ARGV, 7)
+local priorities = {unpack(ARGV, 11)}
+local time = redis.call('TIME')
+local now = tonumber(time[1]) + tonumber(time[2]) / 1000000
 local clock = tonumber(redis.call('GET', clock_key) or 1)
 
 local function exactly(number)
   return string.format('%.17g', number)
 end
 
--- Whether somebody has this job under a lease. Two cleaners that find it abandoned both queue it.
-local function is_held(id, started)
-  local holders = redis.call('ZRANGE', string.format(executions_of, id), 0, -1)
-  holders[#holders + 1] = 'claim'
-  for _, holder in ipairs(holders) do
-    local until_s = redis.call('ZSCORE', started, id .. ':' .. holder)
-    if until_s and tonumber(until_s) > now then return true end
-  end
-  return false
+-- Put a job in the hands of this execution. Its executions are the fence (worker/leases.py).
+local function start(id, started)
+  local held, until_s = id .. ':' .. execution, now + registered_s
+  local fence, hash = string.format(executions_of, id), string.format(execution_of, held)
+  redis.call('HSET', string.format(job_of, id), 'status', 'started')
+  redis.call('ZADD', started, until_s, held)
+  redis.call('ZADD', fence, until_s, execution)
+  redis.call('EXPIRE', fence, registered_s)
+  redis.call('HSET', hash, 'id', execution, 'job_id', id, 'worker_name', worker,
+    'created_at', now, 'last_heartbeat', now)
+  redis.call('EXPIRE', hash, lease_s)
+  redis.call('SADD', worker_executions, held)
+  redis.call('EXPIRE', worker_executions, registered_s)
 end
 
--- A tenant's most urgent, oldest job; entries of jobs that are gone, ended or held are dropped.
+-- A tenant's most urgent, oldest job. An id may stand in a queue more than once, and entries of
+-- jobs that are gone, have ended or are in somebody's hands are dropped: a job starts once.
 local function take(tenant)
   for _, priority in ipairs(priorities) do
     local queue = string.format(queue_of, tenant, priority)
@@ -35,12 +44,12 @@ local function take(tenant)
     while id do
       local job = string.format(job_of, id)
       local status, cost = unpack(redis.call('HMGET', job, 'status', 'cost'))
-      if status == 'queued' then
+      local is_held = redis.call('ZCARD', string.format(executions_of, id)) > 0
+      if not is_held and (status == 'queued' or status == 'started') then
+        start(id, started)
+        return id, priority, tonumber(cost or 1)
+      elseif status == 'queued' then  -- a cleaner's word over a job that somebody holds
         redis.call('HSET', job, 'status', 'started')
-        if not is_held(id, started) then
-          redis.call('ZADD', started, now + lease_s, id .. ':claim')
-          return id, priority, tonumber(cost or 1)
-        end
       end
       id = redis.call('LPOP', queue)
     end

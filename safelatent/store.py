@@ -1,6 +1,8 @@
 """Where images live: a folder, S3, GCS or Azure, through obstore. Writes are atomic."""
 
 import re
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from obstore.exceptions import BaseError
@@ -9,6 +11,12 @@ from obstore.store import LocalStore, ObjectStore, from_url
 from safelatent import errors
 
 KEY = re.compile(r"[A-Za-z0-9_-]{1,64}/[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+
+def image_key(id: str, index: int, sha256: str, image_format: str) -> str:
+    """Where an image is stored. Its content is in its name: when a generation is made twice, after
+    a crash, neither can ever overwrite what the other has reported."""
+    return f"{id}/{index}-{sha256[:32]}.{image_format}"
 
 
 class Store:
@@ -54,6 +62,17 @@ class Store:
             pass  # someone else was faster
         except (BaseError, OSError) as error:
             raise errors.StoreUnavailable(f"cannot delete {id}: {error}") from error
+
+    def older_than(self, seconds: float) -> Iterator[str]:
+        """Ids of the generations whose newest file is older, by the store's clock and ours."""
+        latest = datetime.now(UTC) - timedelta(seconds=seconds)
+        try:
+            for folder in self._store.list_with_delimiter()["common_prefixes"]:
+                metas = [meta for page in self._store.list(f"{folder}/") for meta in page]
+                if all(meta["last_modified"] < latest for meta in metas):
+                    yield folder.rstrip("/")
+        except (BaseError, OSError) as error:
+            raise errors.StoreUnavailable(f"cannot list: {error}") from error
 
     @staticmethod
     def _checked(key: str) -> str:

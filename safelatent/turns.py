@@ -10,6 +10,7 @@ a tenant a higher priority goes first, then the older job.
 import logging
 import random
 import time
+import uuid
 from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from redis import Redis
 from redis.client import Pipeline
 from redis.exceptions import RedisError
 from rq.exceptions import NoSuchJobError
-from rq.executions import ExecutionRegistry
+from rq.executions import Execution, ExecutionRegistry
 from rq.job import Job, JobStatus
 from rq.registry import StartedJobRegistry, clean_registries
 from rq.serializers import JSONSerializer
@@ -49,8 +50,10 @@ SHARE = "safelatent:share:{}:{}"
 """Of a model and a tenant: weight, max_running, cost (mean of a job's)."""
 COST = "cost"
 """The field of a job's hash in which its cost stands; RQ leaves it alone."""
-CLAIM = "claim"
-"""What stands in the place of an execution's id until RQ has given one."""
+REGISTERED_S = 2 * 3600
+"""How long RQ's own registries believe in an execution: longer than any job may run, so that only
+who sees that its lease has lapsed ends one early, and never RQ's clean-up, which goes by the clock
+of who asks for it."""
 
 PICTURE_S = 0.5
 """How old a picture of the queue may be that positions, ETAs and bounds are told by."""
@@ -101,28 +104,37 @@ class Turns:
         pipeline.hsetnx(name, "cost", str(cost))
         self._entered[model] = self._entered.get(model, 0) + 1
 
-    def claim(self, model: str, lease_s: int) -> tuple[Job, SafeQueue] | None:
-        """Take the job whose turn it is, or None when there is none that may start.
+    def claim(
+        self, model: str, worker: str, lease_s: int
+    ) -> tuple[Job, SafeQueue, Execution] | None:
+        """Start the job whose turn it is, or None when there is none that may start.
 
-        One script does it, so that a job is never in two hands and never in none: it goes from
-        its queue straight under a lease in RQ's registry of started jobs, under the name `CLAIM`.
-        `confirm` follows once RQ has its own lease there; else the job is queued again.
+        One script takes it from its queue and starts an execution of it for an RQ worker, so that
+        a job is never in two hands and never in none. Who does not renew the execution's hash
+        within `lease_s` has lost it.
         """
-        keys = [key.format(model) for key in (TURNS, CLOCK, BELL)]
+        execution = Execution(uuid.uuid4().hex, "", self.connection, worker)
+        keys = [*(key.format(model) for key in (TURNS, CLOCK, BELL))]
         any_queue = queue_name(_literal(model), "%s", "%s")
         names = [
             SafeQueue(any_queue, self.connection).key,
             StartedJobRegistry(any_queue, self.connection).key,
             as_text(SafeJob.key_for("%s")),
             ExecutionRegistry("%s", self.connection).key,
+            Execution.from_composite_key("%s:", self.connection).key.rstrip(":"),
             SHARE.format(_literal(model), "%s"),
         ]
-        while taken := self._claim(keys, [*names, lease_s, *PRIORITIES]):
+        lease = [execution.id, worker, lease_s, REGISTERED_S]
+        while taken := self._claim(
+            [*keys, execution.worker_executions_key], [*names, *lease, *PRIORITIES]
+        ):
             id, tenant, priority = (each.decode() for each in taken)
+            execution.job_id = id
             where = queue(model, tenant, priority, self.connection)
             try:
                 job = SafeJob.fetch(id, self.connection, serializer=JSONSerializer)
-                return job, where
+                execution._job = job
+                return job, where, execution
             except NoSuchJobError:
                 pass  # deleted in this moment
             except RedisError:
@@ -130,31 +142,31 @@ class Turns:
             except Exception:  # forged: no sweep may stumble over it again
                 log.exception("job %s cannot be read, and is dropped", id)
                 self.connection.hset(SafeJob.key_for(id), "status", JobStatus.FAILED)
-            self._release(where.name, id)
+            with self.connection.pipeline() as pipeline:
+                gone = SafeJob(id, self.connection)
+                gone.origin = where.name
+                execution.delete(gone, pipeline)
+                pipeline.execute()
         return None
-
-    def confirm(self, job: Job) -> None:
-        """RQ has a claimed job under its own lease."""
-        self._release(job.origin, job.id)
 
     def listen(self, model: str, seconds: float) -> None:
         """Sleep until a job is queued, or so long. A ring that is lost costs no more than that."""
         self.connection.blpop([BELL.format(model)], seconds)
 
-    def sweep(self, model: str) -> None:
-        """Queue again what dead workers held, and line up what RQ has queued by itself.
-
-        Two sweeps at once are harmless: `claim` starts a job once however often it is queued.
-        """
+    def held(self, model: str) -> list[SafeQueue]:
+        """The queues of which jobs are in workers' hands."""
         known = queues(model, self.connection)
         with self.connection.pipeline(transaction=False) as pipeline:
             for each in known:
                 pipeline.exists(StartedJobRegistry(each.name, self.connection).key)
-            held = [each for each, exists in zip(known, pipeline.execute(), strict=True) if exists]
-        # One of the others in turn, whose lists of ended jobs would grow for ever.
-        others = [random.choice(known)] if known else []
-        for each in {*held, *others}:
-            clean_registries(each)
+            return [each for each, exists in zip(known, pipeline.execute(), strict=True) if exists]
+
+    def tidy(self, model: str) -> None:
+        """Line up what RQ has queued by itself, and shorten RQ's lists of ended jobs: of one queue
+        in turn, or they would grow for ever."""
+        known = queues(model, self.connection)
+        if known:
+            clean_registries(random.choice(known))
         with self.connection.pipeline(transaction=False) as pipeline:
             for each in known:
                 pipeline.exists(each.key)
@@ -239,9 +251,6 @@ class Turns:
         if most := picture.lines[tenant].max_running:
             start_s = max(start_s, (own // most) * spent_s)
         return jobs, start_s + spent_s
-
-    def _release(self, origin: str, id: str) -> None:
-        self.connection.zrem(StartedJobRegistry(origin, self.connection).key, f"{id}:{CLAIM}")
 
 
 def _literal(text: str) -> str:

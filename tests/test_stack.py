@@ -139,11 +139,27 @@ def test_a_crash_of_one_process_ends_the_stack_with_an_error(start):
     stack = start()
     stack.read_ready_line()
     assert stack.pid("redis-server")
-    os.kill(stack.pid("-m worker"), signal.SIGKILL)
+    os.kill(stack.pid("-m worker "), signal.SIGKILL)  # the supervisor, which nobody watches
     code, _, err = stack.end()
     assert code != 0
     assert "safelatent: worker ended with SIGKILL" in err[-2]
     assert stack.processes() == {}
+
+
+def test_a_crash_of_the_gpu_process_is_survived(start, port):
+    stack = start()
+    stack.read_ready_line()
+    url = f"http://127.0.0.1:{port}"
+    job = ask(f"{url}/generate", {"prompt": "a cat", "steps": 300, "seed": 1})
+    while ask(f"{url}/generations/{job['id']}")["status"] == "queued":
+        time.sleep(0.05)
+    os.kill(stack.pid("-m worker.process"), signal.SIGKILL)
+    deadline = time.monotonic() + PATIENCE_S
+    while (end := ask(f"{url}/generations/{job['id']}")["status"]) in ("queued", "running"):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert end == "succeeded"
+    assert "queued again" in stack.log.read_text()
 
 
 def test_a_missing_model_ends_the_stack_with_the_workers_sentence(start, tmp_path):

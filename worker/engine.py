@@ -7,6 +7,7 @@ the denoiser once per latent shape, with one row per stream that an image needs 
 
 import logging
 import queue
+import re
 import threading
 import time
 from collections import OrderedDict
@@ -30,6 +31,8 @@ from worker.report import Record, Telemetry, observe
 log = logging.getLogger(__name__)
 
 EMBEDDINGS_KEPT = 256
+LEARN = 0.75
+"""The share of a call that did not fit in memory which later calls may have."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,10 @@ class Engine:
         self.checks = checks or Checks([])
         self.max_rows = max_rows
         self.after_step = after_step
+        self.before_turn: Callable[[bool], None] = lambda is_idle: None
+        """Called in the engine's thread before each turn of `run`: is there no work?"""
+        self.poisoned: Poisoned | None = None
+        """Set when `run` has given up, because the device computes no more."""
         self.running: list[Image] = []
         self.waiting: list[Image] = []
         self._arrivals: queue.SimpleQueue[Image] = queue.SimpleQueue()
@@ -168,11 +175,15 @@ class Engine:
     def run(self, stop: threading.Event) -> None:
         """Step while there is work, wait while there is none, until `stop` is set and all done."""
         while not (stop.is_set() and self.is_idle):
+            self.before_turn(self.is_idle)
             if self.is_idle:
                 self._arrive(timeout=0.2)
                 continue
             try:
                 self.step()
+            except Poisoned as error:  # nobody is told: the process ends, others make the images
+                self.poisoned = error
+                return
             except Exception as error:  # a defect: nobody may wait for ever
                 log.exception("a step failed, and every image with it")
                 for image in self.running + self.waiting:
@@ -227,6 +238,7 @@ class Engine:
             try:
                 self._prepare(image)
             except Exception as error:
+                self._judge(error)
                 self._end(image, error)
             else:
                 image.joined_at = time.monotonic()
@@ -279,14 +291,17 @@ class Engine:
 
         A call that fails is made again in halves, until the image that makes it fail is alone.
         """
+        rows = sum(self._cost(image) for image in images)
+        if rows > self.max_rows + 1e-6 and len(images) > 1:  # learned since they joined
+            self._in_halves(self._denoise, images)
+            return
         try:
             predictions = self._predict(images)
         except Exception as error:
+            self._judge(error, rows)
             if len(images) > 1:
                 log.warning("a step of %d images failed, trying halves: %s", len(images), error)
-                middle = len(images) // 2
-                self._denoise(images[:middle])
-                self._denoise(images[middle:])
+                self._in_halves(self._denoise, images)
             else:
                 self._end(images[0], _explain(error, images[0].spec))
             return
@@ -295,7 +310,27 @@ class Engine:
             try:
                 self._advance(image, prediction)
             except Exception as error:
+                self._judge(error)
                 self._end(image, error)
+
+    @staticmethod
+    def _in_halves(do: Callable[[list[Image]], None], images: list[Image]) -> None:
+        middle = len(images) // 2
+        do(images[:middle])
+        do(images[middle:])
+
+    def _judge(self, error: Exception, rows: float = 0.0) -> None:
+        """Learn from a call that failed: `rows` may be too many. Raises Poisoned if it was the last
+        that this process can make."""
+        if is_poison(error):
+            raise Poisoned(str(error)) from error
+        if _is_out_of_memory(error):
+            torch.cuda.empty_cache()
+            if rows > 1:
+                self.max_rows = min(self.max_rows, LEARN * rows)
+                log.warning(
+                    "out of memory at %.1f rows; from now at most %.1f", rows, self.max_rows
+                )
 
     def _predict(self, images: Sequence[Image]) -> list[Tensor]:
         """Predictions of every row, an image's rows together: [rows, C, h, w] fp32 each."""
@@ -393,10 +428,9 @@ class Engine:
         try:
             pixels = self.family.decode(torch.cat([image.latents for image in images]))
         except Exception as error:
+            self._judge(error)
             if len(images) > 1:
-                middle = len(images) // 2
-                self._decode(images[:middle])
-                self._decode(images[middle:])
+                self._in_halves(self._decode, images)
             else:
                 self._end(images[0], _explain(error, images[0].spec))
             return
@@ -415,6 +449,27 @@ class Engine:
                 check_s=checked - decoded,
             )
             self._end(image, made)
+
+
+class Poisoned(Exception):
+    """The device's context is broken: whatever this process asks of it now fails."""
+
+
+POISON = re.compile(
+    "CUDA.*(device-side assert|illegal (memory access|address|instruction)|misaligned address|"
+    "unspecified launch failure|uncorrectable|hardware stack error|launch timed out)",
+    re.DOTALL,
+)
+"""Errors that, as the CUDA Runtime API has it, "leave the process in an inconsistent state"."""
+
+
+def is_poison(error: Exception) -> bool:
+    """Whether an error of the device ends its context. Out of memory does not."""
+    return isinstance(error, RuntimeError) and POISON.search(str(error)) is not None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "alloc" in str(error)
 
 
 DRAWS_NOISE = frozenset({"euler_a", "ddpm", "lcm"})
@@ -447,7 +502,7 @@ def _columns(rows: Sequence[Sequence[float]], like: Tensor) -> list[Tensor]:
 
 def _explain(error: Exception, spec: ImageSpec) -> Exception:
     """A failure of one image alone, in the caller's words."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "alloc" in str(error):
+    if _is_out_of_memory(error):
         return errors.OutOfMemory(
             f"{spec.width} x {spec.height} pixels do not fit in the worker's memory: "
             "choose a smaller size"

@@ -1,13 +1,30 @@
-"""The worker's settings, from the environment, read once."""
+"""The worker's settings, from the environment, read once.
 
-import torch
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator
+The supervisor reads them too, so nothing here imports torch before a method needs it.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+)
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from safelatent import logs
 from safelatent.defaults import DEFAULT_MODEL, DEFAULT_STORE_URL
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 class Settings(BaseSettings):
@@ -21,7 +38,8 @@ class Settings(BaseSettings):
     model_revision: str | None = None
     """What the revision must be: a folder's content hash, as GET /models reports it; for a hub id
     the commit, tag or branch to take."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    device: str | None = None
+    """A torch device; unset is cuda where there is one, else cpu."""
     dtype: str | None = None
     """fp32, fp16 or bf16; unset is fp16 on cuda and fp32 elsewhere."""
     slots: PositiveInt = 8
@@ -29,6 +47,10 @@ class Settings(BaseSettings):
     max_rows: PositiveFloat = 24
     """Rows of the native size in one denoiser call; a guided image with SLD has three."""
     store_url: str = DEFAULT_STORE_URL
+    grace_s: NonNegativeFloat = 60
+    """How long a worker that is asked to end lets its generations run before it hands them back."""
+    stall_s: PositiveFloat | None = None
+    """A denoising step that takes longer is a hang; unset goes by what steps take."""
     metrics_host: str = "127.0.0.1"
     metrics_port: int = Field(default=0, ge=0, le=65535)
     """Where /metrics is served for Prometheus; 0 is nowhere."""
@@ -46,7 +68,24 @@ class Settings(BaseSettings):
         return dtype
 
     def torch_device(self) -> torch.device:
-        return torch.device(self.device)
+        import torch
+
+        return torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype or ("fp16" if self.torch_device().type == "cuda" else "fp32")]
+        import torch
+
+        name = self.dtype or ("fp16" if self.torch_device().type == "cuda" else "fp32")
+        dtype: torch.dtype = getattr(torch, DTYPES[name])
+        return dtype
+
+
+def read() -> Settings | None:
+    """The settings; None when one cannot be, and then stderr says which and why."""
+    try:
+        return Settings()  # type: ignore[call-arg]
+    except ValidationError as error:
+        for wrong in error.errors():
+            name = "_".join(map(str, wrong["loc"])).upper()
+            print(f"safelatent worker: setting {name}: {wrong['msg']}", file=sys.stderr)
+        return None

@@ -4,7 +4,7 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, wait
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -32,16 +32,16 @@ from safelatent.schema import (
     Status,
     Timings,
 )
-from safelatent.store import Store
+from safelatent.store import Store, image_key
 from worker import pictures
 from worker.engine import Engine, ImageSpec, Made
 from worker.engine import Image as RunningImage
+from worker.leases import ATTEMPTS
 from worker.meter import Meter
 from worker.observing import Observer
 
 log = logging.getLogger(__name__)
 
-ATTEMPTS = "safelatent:attempts:{}"
 MAX_ATTEMPTS = 3
 MEDIA_TYPE = {"png": "image/png", "webp": "image/webp", "jpeg": "image/jpeg"}
 
@@ -77,16 +77,33 @@ class Desk:
         self.observer = observer or Observer()
         self.meter = Meter()
         self._turns = Turns()
+        self.is_sure: Callable[[], bool] = lambda: True
+        """Whether our leases are good; while it says no, nothing is announced."""
         self._lock = threading.Lock()
-        self._images: dict[str, list[RunningImage]] = {}
+        self._begun: set[int] = set()
+        self._images: dict[int, tuple[str, list[RunningImage]]] = {}
+        """What the engine makes now, by the thread that waits for it: after a lease was lost, two
+        threads may be at one generation."""
         self._cancelled: set[str] = set()
 
     def cancel(self, id: str) -> None:
         """Stop a generation of this process before its next step."""
         with self._lock:
             self._cancelled.add(id)
-            for image in self._images.get(id, []):
+            for owner, images in self._images.values():
+                if owner == id:
+                    for image in images:
+                        image.cancel()
+
+    def abandon(self, thread: int) -> None:
+        """Stop what one thread waits for: another worker does it now."""
+        with self._lock:
+            for image in self._images.get(thread, ("", []))[1]:
                 image.cancel()
+
+    def has_begun(self, thread: int) -> bool:
+        """Whether an attempt was counted for what this thread is at."""
+        return thread in self._begun
 
     def generate(self, id: str, request: GenerationRequest, created_at: datetime) -> Result:
         """Make every image of a request, judge, store and report.
@@ -116,6 +133,7 @@ class Desk:
         finally:
             with self._lock:
                 self._cancelled.discard(id)
+            self._begun.discard(threading.get_ident())
         model = self.engine.family.model
         return Result(status=Status.FAILED, request=request, model=model, error=problem)
 
@@ -182,12 +200,13 @@ class Desk:
             pipeline.incr(key)
             pipeline.expire(key, KEPT_S)
             pipeline.execute()
+        self._begun.add(threading.get_ident())
 
     def _make(self, id: str, request: GenerationRequest) -> tuple[list[Made], list[Image]]:
         """Make the images, and deliver and announce each as soon as it is done."""
         with self._lock:
             images = [self.engine.submit(spec, owner=id) for spec in _specs(request)]
-            self._images[id] = images
+            self._images[threading.get_ident()] = id, images
             if id in self._cancelled:
                 for image in images:
                     image.cancel()
@@ -208,11 +227,13 @@ class Desk:
             raise Cancelled(id) from error
         finally:
             with self._lock:
-                del self._images[id]
+                del self._images[threading.get_ident()]
             for image in images:
                 image.cancel()
 
     def _announce(self, id: str, image: Image) -> None:
+        if not self.is_sure():
+            return  # somebody else may be at it
         # Telemetry by steps is long, and the end has it.
         safety = image.safety.model_copy(update={"steps": None})
         short = image.model_copy(update={"safety": safety})
@@ -279,19 +300,20 @@ class Desk:
         url = f"/generations/{id}/images/{index}"
         if blocked is not None:
             return image  # nor its heat map: that shows the picture's outlines
-        if wanted == "heatmap" and made.telemetry.heat is not None and made.telemetry.seen:
-            self.store.put(f"{id}/{index}.heatmap.png", pictures.heatmap(made.telemetry.heat))
-            safety.heatmap_url = f"{url}/heatmap"
         content = pictures.encode(made.pixels, request.image_format)
-        self.store.put(f"{id}/{index}.{request.image_format}", content)
-        image.url = url
         image.sha256 = hashlib.sha256(content).hexdigest()
+        if wanted == "heatmap" and made.telemetry.heat is not None and made.telemetry.seen:
+            heat = pictures.heatmap(made.telemetry.heat)
+            self.store.put(image_key(id, index, image.sha256, "heatmap.png"), heat)
+            safety.heatmap_url = f"{url}/heatmap"
+        self.store.put(image_key(id, index, image.sha256, request.image_format), content)
+        image.url = url
         image.media_type = MEDIA_TYPE[request.image_format]
         return image
 
 
 desk: Desk | None = None
-"""Of this process; `worker.__main__` sets it before the first slot starts."""
+"""Of this process; `worker.process` sets it before the first slot starts."""
 
 
 class Cancelled(Exception):

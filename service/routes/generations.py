@@ -21,6 +21,7 @@ from safelatent.schema import (
     LoadedModel,
     Status,
 )
+from safelatent.store import image_key
 from safelatent.turns import Share
 from safelatent.webhooks import Event
 from service import accept
@@ -285,7 +286,9 @@ def heatmap(id: Id, index: Index, parts: TheParts, caller: TheCaller) -> Respons
             f"image {index} has no heat map: safety.telemetry was "
             f"{generation.request.safety.telemetry!r}, or safety did not act on it"
         )
-    content = parts.store.get(f"{generation.id}/{index}.heatmap.png")
+    assert image.sha256 is not None
+    key = image_key(generation.id, index, image.sha256, "heatmap.png")
+    content = parts.store.get(key)
     headers = {"Cache-Control": "private, max-age=86400, immutable"}
     return Response(content, headers=headers, media_type="image/png")
 
@@ -380,8 +383,9 @@ def _only_image(generation: Generation, held: Response, parts: Parts) -> Respons
 
 def _content(generation: Generation, image: Image, parts: Parts) -> bytes:
     _refuse_blocked(generation, image)
-    key = f"{generation.id}/{image.index}.{generation.request.image_format}"
-    return parts.store.get(key)
+    assert image.sha256 is not None
+    image_format = generation.request.image_format
+    return parts.store.get(image_key(generation.id, image.index, image.sha256, image_format))
 
 
 def submit(

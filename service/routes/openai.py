@@ -23,6 +23,7 @@ from safelatent.schema import (
     Safety,
     Status,
 )
+from safelatent.store import image_key
 from service import problems
 from service.auth import Caller, TheCaller
 from service.openai_errors import ErrorBody
@@ -301,7 +302,9 @@ def _answer(generation: Generation, asked: ImagesRequest, base: str, parts: Part
         if asked.response_format == "url" and not asked.stream:
             data.url = f"{base}{image.url}"
         else:
-            content = parts.store.get(f"{generation.id}/{image.index}.{request.image_format}")
+            assert image.sha256 is not None
+            key = image_key(generation.id, image.index, image.sha256, request.image_format)
+            content = parts.store.get(key)
             data.b64_json = base64.b64encode(content).decode()
         return data
 

@@ -20,6 +20,9 @@ from safelatent import events
 from safelatent.queues import SafeJob, SafeQueue, queues
 from safelatent.schema import GenerationRequest, Image, ImageSafety, Model, Result, Status
 
+SHA256 = "5a1ad"
+"""What every image of a played worker is said to have."""
+
 CARD = Model(
     id="tiny",
     revision="r1",
@@ -91,7 +94,7 @@ def result(version: int, request: dict[str, Any], **changed: Any) -> dict[str, A
             width=64,
             height=32,
             url=f"/generations/{id}/images/{index}",
-            sha256="5a1ad",
+            sha256=SHA256,
             media_type="image/png",
             safety=ImageSafety(applied=True),
         )

@@ -13,9 +13,9 @@ from redis import Redis
 from rq import get_current_job
 
 from safelatent.schema import Blocked
-from safelatent.store import Store
+from safelatent.store import Store, image_key
 from service.accept import preferred
-from tests.service.played import result, work
+from tests.service.played import SHA256, result, work
 
 CAT = {"prompt": "a cat"}
 FORMS = ["application/json", "text/event-stream", "image/png", "image/webp", "image/jpeg"]
@@ -47,7 +47,7 @@ def test_the_bytes_themselves_with_the_report_in_headers(
         assert request["image_format"] == image_format
         done = result(version, request)
         id = get_current_job().id  # type: ignore[union-attr]
-        Store(f"file://{store}").put(f"{id}/0.{image_format}", b"pixels")
+        Store(f"file://{store}").put(image_key(id, 0, SHA256, image_format), b"pixels")
         done["images"][0]["media_type"] = f"image/{image_format}"
         return done
 

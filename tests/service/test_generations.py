@@ -14,9 +14,9 @@ from redis import Redis
 
 from safelatent import events
 from safelatent.schema import Blocked, Progress
-from safelatent.store import Store
+from safelatent.store import Store, image_key
 from service.waiting import preferred_wait
-from tests.service.played import result, work
+from tests.service.played import SHA256, result, work
 
 
 def test_a_generation_is_accepted_done_and_fetched(
@@ -34,7 +34,7 @@ def test_a_generation_is_accepted_done_and_fetched(
     assert 0 <= filled["seed"] < 2**32
 
     work(connection, result)
-    Store(f"file://{store}").put(f"{queued['id']}/1.png", b"pixels")
+    Store(f"file://{store}").put(image_key(queued["id"], 1, SHA256, "png"), b"pixels")
 
     done = http.get(here).raise_for_status().json()
     assert done["status"] == "succeeded"
@@ -178,7 +178,9 @@ def test_a_heat_map_is_served_when_it_was_made(
         done = result(version, request)
         url = done["images"][0]["url"] + "/heatmap"
         done["images"][0]["safety"]["heatmap_url"] = url
-        Store(f"file://{store}").put(f"{url.split('/')[2]}/0.heatmap.png", b"heat")
+        Store(f"file://{store}").put(
+            image_key(url.split("/")[2], 0, SHA256, "heatmap.png"), b"heat"
+        )
         return done
 
     queued = http.post("/generate", json={"prompt": "a cat"}).json()

@@ -21,11 +21,11 @@ from rq import get_current_job
 
 from safelatent.queues import queues
 from safelatent.schema import Blocked, Check, Image, ImageSafety
-from safelatent.store import Store
+from safelatent.store import Store, image_key
 from service import policy
 from service.app import create_app
 from service.settings import Settings
-from tests.service.played import CARD, result, serving, work
+from tests.service.played import CARD, SHA256, result, serving, work
 
 CHECK = Check(
     check="sd_checker",
@@ -69,7 +69,7 @@ def drawn(store: Path, version: int, request: dict[str, Any], **changed: Any) ->
     """A success whose image i has the bytes `pixels i`."""
     id = get_current_job().id  # type: ignore[union-attr]
     for index in range(request["n"]):
-        name = f"{id}/{index}.{request['image_format']}"
+        name = image_key(id, index, SHA256, request["image_format"])
         Store(f"file://{store}").put(name, f"pixels {index}".encode())
     return result(version, request, **changed)
 
@@ -80,6 +80,7 @@ def image(index: int, blocked: Blocked | None) -> Image:
         seed=index,
         width=64,
         height=32,
+        sha256=None if blocked else SHA256,
         blocked=blocked,
         safety=ImageSafety(applied=True, checks=[CHECK]),
     )

@@ -1,6 +1,6 @@
 """Worker processes for tests, forked from one that has imported torch already.
 
-Each runs `worker.__main__.main`, as `python -m worker` does, with what a test needs bent first.
+Each runs `worker.process.main`, as the supervisor has it done, with what a test needs bent first.
 """
 
 import multiprocessing
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["worker.__main__"])
+FORKS.set_forkserver_preload(["worker.process"])
 
 
 def start(environment: dict[str, str], log: Path, **bent: Any) -> BaseProcess:
@@ -29,20 +29,23 @@ def _main(
     lease_s: int | None = None,
     step_s: float = 0.0,
     poison_seed: int | None = None,
+    says: str | None = None,
 ) -> None:
-    """`lease_s` makes leases shorter, `step_s` steps longer; an image of `poison_seed` kills."""
+    """`lease_s` makes leases shorter, `step_s` steps longer; an image of `poison_seed` kills, or
+    makes the device say something."""
     for stream in (sys.stdout, sys.stderr):
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
     os.environ.update(environment)
 
     import torch
 
-    from worker import __main__, slots
+    from worker import leases, slots
+    from worker import process as worker_process
     from worker.families.stable_diffusion import StableDiffusion
 
     torch.set_num_threads(1)
     if lease_s is not None:
-        slots.LEASE_S, slots.BEAT_S = lease_s, 1
+        leases.LEASE_S, slots.BEAT_S = lease_s, 1
     noise, predict = StableDiffusion.noise, StableDiffusion.predict
     poison = torch.empty(0)
 
@@ -55,13 +58,15 @@ def _main(
 
     def slow_or_deadly(self: StableDiffusion, latents: torch.Tensor, *rest: Any) -> torch.Tensor:
         if poison.numel() and (latents == poison).flatten(1).all(dim=1).any():
+            if says is not None:
+                raise RuntimeError(says)
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(step_s)
         return predict(self, latents, *rest)
 
     StableDiffusion.noise = watch  # type: ignore[method-assign]
     StableDiffusion.predict = slow_or_deadly  # type: ignore[method-assign]
-    sys.exit(__main__.main())
+    sys.exit(worker_process.main())
 
 
 def trace(*anything: Any) -> None:

@@ -1,5 +1,6 @@
 """The running batch: nobody's image depends on the others, and no row is computed for nothing."""
 
+import threading
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ from safelatent import errors
 from safelatent.safety import CONCEPT
 from tests.worker.running import Bent, custom, difference, make, outcome, outcomes, spec
 from tests.worker.running import step_until_idle as finish
-from worker.engine import Engine, Image, ImageSpec
+from worker.engine import Engine, Image, ImageSpec, Made
 from worker.families.stable_diffusion import StableDiffusion
 
 SAME = 1e-4
@@ -244,3 +245,33 @@ def test_an_image_that_cannot_join_fails_alone(family):
     bad, good = outcomes(Engine(family), [spec(scheduler="lcm", steps=60), spec()])
     assert isinstance(bad, ValueError)
     assert difference(good.latents, latents_alone(family, spec())) < SAME
+
+
+def test_after_an_error_that_ends_the_device_nobody_gets_an_answer_from_it(family):
+    def predict(real, *arguments):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    engine = Engine(Bent(family, predict))
+    images = [engine.submit(spec(seed=seed)) for seed in range(2)]
+    engine.run(threading.Event())  # comes back although nobody asked it to stop
+    assert "illegal memory access" in str(engine.poisoned)
+    assert not any(image.future.done() for image in images)
+
+
+def test_out_of_memory_ends_nobody_and_later_calls_are_smaller(family):
+    def predict(real, latents, *rest):
+        if len(latents) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(latents, *rest)
+
+    bent = Bent(family, predict)
+    engine = Engine(bent, max_rows=24)
+    made = outcomes(engine, [spec(seed=seed, guidance_scale=7.5) for seed in range(8)])
+    assert all(isinstance(one, Made) for one in made)
+    outcomes(engine, [spec(seed=seed, guidance_scale=7.5) for seed in range(8)])
+    assert engine.max_rows <= 5
+    bent.rows.clear()
+    again = outcomes(engine, [spec(seed=seed, guidance_scale=7.5) for seed in range(8)])
+    assert max(bent.rows) <= 5
+    for one, other in zip(made, again, strict=True):
+        assert difference(one.latents, other.latents) < 1e-5

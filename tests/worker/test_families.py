@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from tests.worker.running import EMBEDDED, load
 from training.export import write_sums
-from worker.__main__ import main
 from worker.families import UnusableModel
 from worker.families.files import checksums, content_hash, find, licence
+from worker.process import main
 
 
 @pytest.fixture

@@ -26,10 +26,11 @@ from safelatent import events
 from safelatent.jobs import Jobs
 from safelatent.queues import TASK, queues
 from safelatent.schema import Generation, GenerationRequest, Status
-from safelatent.store import Store
+from safelatent.store import Store, image_key
 from tests.worker import process
 from tests.worker.running import NOTES
-from worker.slots import LEASE_S
+from worker.leases import ATTEMPTS, LEASE_S, PARKED_COUNTS
+from worker.supervisor import POISONED
 
 PATIENCE_S = 120
 
@@ -91,7 +92,7 @@ class House:
         assert generation.status == Status.SUCCEEDED, generation.error
         pictures = []
         for image in generation.images:
-            content = self.store.get(f"{generation.id}/{image.index}.png")
+            content = self.store.get(image_key(generation.id, image.index, image.sha256, "png"))
             assert hashlib.sha256(content).hexdigest() == image.sha256
             pictures.append(np.asarray(Image.open(io.BytesIO(content))))
             assert pictures[-1].shape == (image.height, image.width, 3)
@@ -107,6 +108,13 @@ class House:
 
     def job(self, id: str) -> Job:
         return Job.fetch(id, self.connection, serializer=JSONSerializer)
+
+    def finished(self) -> set[str]:
+        entries = self.connection.xrange(events.STREAM)
+        return {fields[b"finished"].decode() for _, fields in entries if b"finished" in fields}
+
+    def attempts(self, id: str) -> int:
+        return int(self.connection.get(ATTEMPTS.format(id)) or 0)
 
     def queued(self) -> list[str]:
         return [id for queue in queues("tiny", self.connection) for id in queue.job_ids]
@@ -173,6 +181,77 @@ def test_on_sigterm_a_worker_finishes_what_runs_takes_nothing_new_and_leaves_wit
     assert house.jobs.loaded() == {}
 
 
+def test_an_idle_worker_ends_on_sigterm_without_delay(house):
+    worker = house.start_worker()
+    house.await_warm()
+    took_s = leave(worker, signals=1)
+    assert house.jobs.loaded() == {}
+    NOTES.append(f"SIGTERM to an idle worker: gone after {took_s:.2f} s")
+
+
+def test_a_second_sigterm_hands_back_what_runs_and_costs_no_attempt(house):
+    worker = house.start_worker(step_s=0.05)
+    running = [house.submit(i, steps=500) for i in range(4)]
+    house.await_steps(*running)
+    later = house.submit(5)
+    took_s = leave(worker, signals=2)
+    NOTES.append(f"second SIGTERM with 4 jobs at work: gone after {took_s:.2f} s")
+    assert sorted(house.queued()[:4]) == sorted(running) and house.queued()[4:] == [later]
+    assert [house.attempts(id) for id in running] == [0] * 4
+
+
+def test_what_outlasts_the_grace_period_is_handed_back(house):
+    house.environment["SAFELATENT_GRACE_S"] = "1"
+    worker = house.start_worker(step_s=0.05)
+    running = house.submit(1, steps=500)
+    house.await_steps(running)
+    leave(worker, signals=1)
+    assert house.queued() == [running]
+    assert house.attempts(running) == 0
+
+
+def test_a_worker_that_was_frozen_longer_than_its_lease_publishes_nothing(house):
+    frozen = house.start_worker(lease_s=2, step_s=0.1)
+    jobs = [house.submit(i, steps=60) for i in range(2)]
+    house.await_steps(*jobs)
+    os.kill(frozen.pid, signal.SIGSTOP)
+    house.start_worker(lease_s=2)
+    house.assert_succeeded_once(*jobs)
+    images = {id: [image.sha256 for image in house.jobs.fetch(id).images] for id in jobs}
+    house.wait(lambda: house.finished() >= set(jobs), "news of the end")
+    seen = house.connection.xlen(events.STREAM)
+    os.kill(frozen.pid, signal.SIGCONT)
+    house.wait(lambda: house.log.read_text().count("was handed back; what came") == 2, "two drops")
+    house.assert_succeeded_once(*jobs)
+    assert images == {id: [i.sha256 for i in house.jobs.fetch(id).images] for id in jobs}
+    # At most the step that was on its way to Redis when everything stood still.
+    assert house.connection.xlen(events.STREAM) <= seen + 1
+    assert not house.connection.keys("rq:execution*") and not house.connection.keys("rq:wip:*")
+
+
+def test_when_redis_has_lost_all_a_worker_says_again_that_it_is_there(house):
+    house.start_worker()
+    house.await_warm()
+    house.connection.flushall()
+    flushed_at = time.monotonic()
+    house.await_warm()
+    took_s = time.monotonic() - flushed_at
+    house.wait(lambda: house.connection.scard("rq:workers") == 4, "RQ workers")
+    house.assert_succeeded_once(*[house.submit(i) for i in range(4)])
+    NOTES.append(f"FLUSHALL: the worker was announced again after {took_s:.2f} s")
+
+
+def leave(worker: BaseProcess, signals: int) -> float:
+    """Ask a worker to end, so many times; how long that took it."""
+    asked_at = time.monotonic()
+    for _ in range(signals):
+        os.kill(worker.pid, signal.SIGTERM)
+        time.sleep(0.1)
+    worker.join(PATIENCE_S)
+    assert worker.exitcode == 0
+    return time.monotonic() - asked_at
+
+
 def test_a_cancelled_generation_stops_between_two_steps_and_its_neighbours_go_on(house):
     house.start_worker(step_s=0.05)
     stopped = house.submit(1, steps=500, n=2)
@@ -219,6 +298,19 @@ def test_a_job_that_kills_its_workers_is_given_up_and_takes_no_other_with_it(hou
     house.assert_succeeded_once(*innocents)
 
 
+def test_a_device_that_computes_no_more_ends_its_process_and_the_jobs_come_back(house):
+    """The error is injected at the model: there is no broken device to test on."""
+    says = "CUDA error: device-side assert triggered"
+    worker = house.start_worker(step_s=0.05, poison_seed=666, says=says)
+    innocent = house.submit(1, steps=500)
+    house.await_steps(innocent)
+    poison = house.submit(666)
+    worker.join(PATIENCE_S)
+    assert worker.exitcode == POISONED
+    assert sorted(house.queued()) == sorted([innocent, poison])
+    assert [house.attempts(id) for id in (innocent, poison)] == [1, 1]  # both are suspects
+
+
 def test_when_redis_is_killed_and_comes_back_every_job_is_done_once(house):
     house.start_worker(lease_s=2, step_s=0.05)
     jobs = [house.submit(i, steps=steps) for i, steps in enumerate((10, 20, 40, 60, 20, 20, 20))]
@@ -227,6 +319,7 @@ def test_when_redis_is_killed_and_comes_back_every_job_is_done_once(house):
     time.sleep(2.5)  # longer than a lease, and some end meanwhile
     house.redis.start()
     house.assert_succeeded_once(*jobs)
+    assert [house.attempts(id) for id in jobs[2:4]] == [1, 1]  # what ran then has run once
     house.await_warm()
     again = [house.submit(i, steps=40) for i in range(10, 14)]
     house.await_steps(*again)  # at the same time: every slot has come back
@@ -265,11 +358,12 @@ def test_a_forged_job_runs_nothing_and_calls_nobody(house, webhook):
         "webhooks": [Webhook(f"{url}/done", "finished"), Webhook(f"{url}/failed", "failed")],
     }
     kwargs = house.job(genuine).kwargs
+    unknown = forger.enqueue(TASK, kwargs={**kwargs, "version": 99}, **extras)
     forged = [
         forger.enqueue("os.system", f"touch {house.trace}"),
         forger.enqueue(trace, **extras),
         forger.enqueue(TASK, kwargs={"version": 1, "request": {"prompt": 5}}, **extras),
-        forger.enqueue(TASK, kwargs={**kwargs, "version": 99}, **extras),
+        forger.enqueue(TASK, kwargs={**kwargs, "version": "99"}, **extras),
         forger.enqueue(TASK, kwargs=kwargs, **extras),
     ]
     house.start_worker()
@@ -280,5 +374,8 @@ def test_a_forged_job_runs_nothing_and_calls_nobody(house, webhook):
 
     house.wait(lambda: set(statuses()) <= {"finished", "failed"}, "end of the forged jobs")
     assert statuses() == ["failed"] * 4 + ["finished"]
+    assert unknown.get_status() == "queued"
+    assert unknown.id not in house.queued()
+    assert house.connection.hgetall(PARKED_COUNTS) == {b"99": b"1"}
     assert not house.trace.exists()
     assert asked == []

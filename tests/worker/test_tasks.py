@@ -1,6 +1,7 @@
 """A generation's way through the desk: what is stored, what is withheld, what is said."""
 
 import io
+import re
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -16,7 +17,7 @@ from safelatent import events
 from safelatent.jobs import Jobs
 from safelatent.safety import CONCEPT, LEVELS
 from safelatent.schema import Check, GenerationRequest, Result, Status
-from safelatent.store import Store
+from safelatent.store import Store, image_key
 from tests.worker.running import Bent
 from worker.checks import Checks
 from worker.engine import Engine
@@ -71,7 +72,7 @@ class Office:
             thread.join()
 
     def stored(self) -> set[str]:
-        return {path.name for path in (self.folder / ID).glob("*")}
+        return {re.sub("-[0-9a-f]{32}", "", path.name) for path in (self.folder / ID).glob("*")}
 
 
 @pytest.fixture
@@ -130,7 +131,8 @@ def test_each_word_of_telemetry_includes_those_before(office, telemetry, files, 
 
 def test_the_heat_map_is_a_grey_picture_scaled_to_its_maximum(office):
     office.generate(safety={"level": "max", "telemetry": "heatmap"})
-    heat = np.asarray(Image.open(office.folder / ID / "0.heatmap.png"))
+    [path] = (office.folder / ID).glob("0-*.heatmap.png")
+    heat = np.asarray(Image.open(path))
     assert (heat.shape, heat.max()) == ((8, 8), 255)
 
 
@@ -138,7 +140,7 @@ def test_the_heat_map_is_a_grey_picture_scaled_to_its_maximum(office):
 def test_an_image_is_of_the_format_asked_for_and_carries_no_metadata(office, image_format):
     [image] = office.generate(image_format=image_format).images
     assert image.media_type == f"image/{image_format}"
-    content = (office.folder / ID / f"0.{image_format}").read_bytes()
+    content = office.desk.store.get(image_key(ID, 0, image.sha256, image_format))
     picture = Image.open(io.BytesIO(content))
     assert picture.format.lower() == image_format
     assert not picture.getexif() and "prompt" not in picture.info
@@ -149,13 +151,13 @@ def test_an_image_is_stored_and_announced_before_its_neighbours_are_done(office)
     announced, told = [], office.desk._announce
 
     def announce(id, image):
-        announced.append((image.index, office.stored(), office.desk._images[id]))
+        announced.append((image.index, office.stored()))
         told(id, image)
 
     office.desk._announce = announce
     result = office.generate(n=3, safety={"level": "max", "telemetry": "steps"})
     assert len(announced) == 3
-    for count, (index, stored, _) in enumerate(announced, 1):
+    for count, (index, stored) in enumerate(announced, 1):
         assert len(stored) == count and f"{index}.png" in stored
     connection = office.desk.jobs.connection
     news = [one for _, one in events.since(connection, ID, "0-0")]

@@ -1,0 +1,171 @@
+"""Clients over HTTP that never give up, and the audit of what they were told.
+
+They know the contract and nothing else: an Idempotency-Key makes a request safe to repeat, an id
+can be asked for, a stream goes on after Last-Event-ID.
+"""
+
+import asyncio
+import hashlib
+import io
+import json
+import random
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import numpy as np
+from PIL import Image
+
+ENDED = ("succeeded", "failed", "cancelled")
+WAYS = ("poll", "wait", "stream")
+
+
+@dataclass
+class Told:
+    """What a client was told of one request of its."""
+
+    body: dict[str, Any]
+    way: str
+    id: str = ""
+    ends: list[dict[str, Any]] = field(default_factory=list)
+    """Each time that it was told of an end."""
+    event_ids: list[str] = field(default_factory=list)
+
+
+class Clients:
+    """`count` of them share `n` requests among them."""
+
+    def __init__(self, urls: list[str], n: int, count: int, seed: int):
+        self.urls, self.count = urls, count
+        self.random = random.Random(seed)
+        self.told = []
+        for i in range(n):
+            if i % 5 == 4:  # the same as an earlier one: the same picture must come
+                body = self.random.choice(self.told).body
+            else:
+                body = {
+                    "prompt": f"a cat of kind {i}",
+                    "seed": i,
+                    "steps": self.random.choice((5, 20, 60)),
+                    "scheduler": "ddim",
+                    "safety": {"level": "max"},
+                    "n": self.random.choice((1, 1, 2)),
+                }
+            self.told.append(Told(body, WAYS[i % 3]))
+        self.done = 0
+
+    async def run(self) -> None:
+        waiting = iter(enumerate(self.told))
+
+        async def client() -> None:
+            async with httpx.AsyncClient(timeout=30, trust_env=False) as http:
+                for number, told in waiting:
+                    await self._accept(http, told, f"key-{number}")
+                    await getattr(self, f"_{told.way}")(http, told)
+                    self.done += 1
+
+        await asyncio.gather(*(client() for _ in range(self.count)))
+
+    async def _ask(self, http: httpx.AsyncClient, method: str, path: str, **more: Any) -> Any:
+        """Until some frontend answers; what is not our fault is tried again."""
+        while True:
+            url = self.random.choice(self.urls)
+            try:
+                answer = await http.request(method, url + path, **more)
+            except httpx.TransportError:
+                await asyncio.sleep(0.1)
+                continue
+            if answer.status_code < 500 and answer.status_code not in (409, 429):
+                answer.raise_for_status()
+                return answer
+            await asyncio.sleep(0.1)
+
+    async def _accept(self, http: httpx.AsyncClient, told: Told, key: str) -> None:
+        headers = {"Idempotency-Key": key}
+        if told.way == "wait":
+            headers["Prefer"] = "wait=5"
+        answer = await self._ask(http, "POST", "/generate", json=told.body, headers=headers)
+        told.id = answer.json()["id"]
+        self._note(told, answer.json())
+
+    def _note(self, told: Told, generation: dict[str, Any]) -> None:
+        if generation["status"] in ENDED:
+            told.ends.append(generation)
+
+    async def _poll(self, http: httpx.AsyncClient, told: Told) -> None:
+        while not told.ends:
+            await asyncio.sleep(0.2)
+            answer = await self._ask(http, "GET", f"/generations/{told.id}")
+            self._note(told, answer.json())
+
+    _wait = _poll
+
+    async def _stream(self, http: httpx.AsyncClient, told: Told) -> None:
+        while not told.ends:
+            headers = {"Accept": "text/event-stream"}
+            if told.event_ids:
+                headers["Last-Event-ID"] = told.event_ids[-1]
+            path = f"/generations/{told.id}/events"
+            event = ""
+            try:
+                url = self.random.choice(self.urls) + path
+                async with http.stream("GET", url, headers=headers) as answer:
+                    if answer.status_code == 204:
+                        break  # all was seen
+                    async for line in answer.aiter_lines():
+                        name, _, value = line.partition(": ")
+                        if name == "event":
+                            event = value
+                        elif name == "id":
+                            told.event_ids.append(value)
+                        elif name == "data" and event in ("finished", "snapshot"):
+                            self._note(told, json.loads(value))
+            except httpx.TransportError:
+                pass
+            await asyncio.sleep(0.05)
+
+
+async def audit(clients: Clients) -> tuple[Counter[str], list[str]]:
+    """Counts, and what is wrong: everything is asked for once more, and must be as it was told."""
+    counts: Counter[str] = Counter()
+    wrong: list[str] = []
+    pictures: dict[str, list[np.ndarray]] = {}
+    ids = [told.id for told in clients.told]
+    if len(set(ids)) != len(ids):
+        wrong.append("two requests were given one id")
+    async with httpx.AsyncClient(timeout=30, trust_env=False) as http:
+        for told in clients.told:
+            final = (await clients._ask(http, "GET", f"/generations/{told.id}")).json()
+            counts[final["status"]] += 1
+            if final["status"] != "succeeded":
+                wrong.append(f"{told.id} ended as {final['status']}: {final['error']}")
+                continue
+            for end in told.ends:
+                if (end["status"], _shas(end)) != (final["status"], _shas(final)):
+                    wrong.append(f"{told.id} ended twice")
+            if told.event_ids != sorted(set(told.event_ids), key=_order):
+                wrong.append(f"{told.id}: events out of order or repeated: {told.event_ids}")
+            if told.way == "stream" and not told.ends:
+                wrong.append(f"{told.id}: its stream never told of the end")
+            made = []
+            for image in final["images"]:
+                content = (await clients._ask(http, "GET", image["url"])).content
+                counts["images"] += 1
+                if hashlib.sha256(content).hexdigest() != image["sha256"]:
+                    wrong.append(f"{told.id}: image {image['index']} is not what was reported")
+                made.append(np.asarray(Image.open(io.BytesIO(content))).astype(int))
+            first = pictures.setdefault(json.dumps(told.body), made)
+            # Float tolerance: the same seed in another batch may differ in the last bit.
+            if max(abs(one - other).max() for one, other in zip(first, made, strict=True)) > 1:
+                wrong.append(f"{told.id}: the same seed gave another picture")
+    return counts, wrong
+
+
+def _shas(generation: dict[str, Any]) -> list[str]:
+    return [image["sha256"] for image in generation["images"]]
+
+
+def _order(event_id: str) -> list[int]:
+    return [int(number) for number in re.split("[-.]", event_id)]

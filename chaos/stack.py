@@ -1,0 +1,163 @@
+"""The stack that is hurt: Redis behind a proxy, two frontends, two supervised workers."""
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from redis import Redis
+from redis.exceptions import RedisError
+
+from tests.checkpoint import build
+from tests.conftest import redis_server
+from worker.supervisor import NAME
+
+WARM_S = 300
+
+
+class Proxy:
+    """Passes bytes between the stack and Redis; can cut every connection, and hold bytes back."""
+
+    def __init__(self, target: int):
+        self.target = target
+        self.may_pass = asyncio.Event()
+        self.may_pass.set()
+        self._writers: set[asyncio.StreamWriter] = set()
+
+    async def start(self) -> int:
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        port: int = self._server.sockets[0].getsockname()[1]
+        return port
+
+    def cut(self) -> None:
+        for writer in list(self._writers):
+            writer.transport.abort()
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            there, back = await asyncio.open_connection("127.0.0.1", self.target)
+        except OSError:
+            writer.transport.abort()
+            return
+        self._writers |= {writer, back}
+        with suppress(asyncio.CancelledError):  # at the end of the run
+            await asyncio.gather(self._pass(reader, back), self._pass(there, writer))
+        self._writers -= {writer, back}
+
+    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(OSError):
+            while data := await reader.read(1 << 16):
+                await self.may_pass.wait()
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+
+class Stack:
+    """Processes by name: `redis`, `frontend-0`, `frontend-1`, `worker-0`, `worker-1`."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.redis_port, *self.ports = _free_ports(3)
+        self.urls = [f"http://127.0.0.1:{port}" for port in self.ports]
+        self.proxy = Proxy(self.redis_port)
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.connection = Redis(port=self.redis_port)
+        """Ours, past the proxy."""
+
+    async def start(self) -> None:
+        proxy = await self.proxy.start()
+        self.environment = {
+            **os.environ,
+            "REDIS_URL": f"redis://127.0.0.1:{proxy}/0",
+            "SAFELATENT_MODEL": str(build(self.folder / "tiny")),
+            "SAFELATENT_STORE_URL": f"file://{self.folder}/store",
+            "SAFELATENT_SLOTS": "4",
+        }
+        (self.folder / "redis").mkdir()
+        for name in ("redis", "frontend-0", "frontend-1", "worker-0", "worker-1"):
+            self.launch(name)
+        deadline = time.monotonic() + WARM_S
+        while self.warm() < 2:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the stack does not get warm; its logs are in {self.folder}")
+            await asyncio.sleep(0.2)
+
+    def launch(self, name: str) -> None:
+        environment, folder = self.environment, None
+        if name == "redis":
+            command = [redis_server(), "--port", str(self.redis_port), "--appendonly", "yes"]
+            command += ["--save", ""]
+            folder = self.folder / "redis"
+        elif name.startswith("frontend"):
+            port = str(self.ports[int(name[-1])])
+            environment = {**environment, "SAFELATENT_PORT": port}
+            command = [sys.executable, "-m", "service"]
+        else:
+            command = [sys.executable, "-m", "worker"]
+        with (self.folder / f"{name}.log").open("a") as log:
+            self.processes[name] = subprocess.Popen(
+                command, cwd=folder, env=environment, stdout=log, stderr=log
+            )
+
+    def kill(self, name: str) -> None:
+        self.processes[name].kill()
+        self.processes[name].wait()
+
+    def warm(self) -> int:
+        """Worker processes that hold the model now."""
+        try:
+            now, _ = self.connection.time()
+            alive: Any = self.connection.zcount("safelatent:workers", now, "+inf")
+        except RedisError:
+            return 0
+        return int(alive)
+
+    def child(self, name: str) -> int | None:
+        """Process id of the process that a supervisor has started, if it lives."""
+        pid = self.processes[name].pid
+        with suppress(OSError, IndexError):
+            return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
+        return None
+
+    def held(self, child: int) -> set[str]:
+        """Executions of a child, `<job>:<execution>`."""
+        environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        name = dict(pair.split(b"=", 1) for pair in environment if b"=" in pair)[NAME.encode()]
+        keys: Any = self.connection.keys(f"rq:worker:{name.decode()}-*:executions")
+        return {one.decode() for key in keys for one in self.connection.smembers(key)}
+
+    def running(self) -> set[str]:
+        """Executions that somebody is believed to be at, `<job>:<execution>`."""
+        keys: Any = self.connection.keys("rq:wip:*")
+        return {one.decode() for key in keys for one in self.connection.zrange(key, 0, -1)}
+
+    def left(self) -> list[str]:
+        """What should be empty when everything has ended, and is not."""
+        patterns = ("rq:wip:*", "rq:queue:*", "rq:execution*", "rq:worker:*:executions")
+        keys: Any = [key for pattern in patterns for key in self.connection.keys(pattern)]
+        return [key.decode() for key in keys]
+
+    def end(self) -> None:
+        for name, process in reversed(list(self.processes.items())):
+            if name == "redis":
+                continue
+            with suppress(ProcessLookupError):
+                process.send_signal(signal.SIGCONT)
+                process.kill()
+            process.wait()
+        self.kill("redis")
+
+
+def _free_ports(count: int) -> list[int]:
+    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports

@@ -1,0 +1,67 @@
+"""The store under stress: writers that die, generations that are gone."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from redis import Redis
+
+from safelatent.jobs import KEPT_S, Jobs
+from safelatent.schema import GenerationRequest
+from safelatent.store import Store, image_key
+from worker.slots import Slots
+
+SIZE = 4 << 20
+WRITER = f"""
+import sys
+from safelatent.store import Store
+store = Store(sys.argv[1])
+for i in range(10**6):
+    store.put("f00/0.png", bytes([i % 251]) * {SIZE})
+"""
+
+
+def test_a_writer_that_is_killed_leaves_the_old_content_or_the_new(tmp_path: Path) -> None:
+    url = f"file://{tmp_path}"
+    store, cut = Store(url), 0
+    for _ in range(6):
+        writer = subprocess.Popen([sys.executable, "-c", WRITER, url])
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "f00" / "0.png").exists():
+            assert time.monotonic() < deadline
+        for _ in range(20):  # also while it writes
+            content = store.get("f00/0.png")
+            assert len(content) == SIZE and set(content) == {content[0]}
+        writer.send_signal(signal.SIGKILL)
+        writer.wait()
+        content = store.get("f00/0.png")
+        assert len(content) == SIZE and set(content) == {content[0]}
+        cut += len(list((tmp_path / "f00").iterdir())) - 1
+    store.delete("f00")
+
+
+def test_two_images_of_one_generation_never_share_a_name() -> None:
+    """Whoever made it again, perhaps a bit apart, cannot overwrite what the first has reported."""
+    older, newer = (image_key("f00", 0, letter * 64, "png") for letter in "ab")
+    assert older != newer
+
+
+def test_the_sweep_removes_what_is_gone_and_old_and_nothing_else(
+    connection: Redis, tmp_path: Path
+) -> None:
+    store, jobs = Store(f"file://{tmp_path}"), Jobs(connection)
+    alive = jobs.submit(GenerationRequest(prompt="a cat", model="tiny", seed=1)).id
+    for id in (alive, "gone", "fresh"):
+        store.put(f"{id}/0.png", b"pixels")
+    long_ago = time.time() - KEPT_S - 60
+    for id in (alive, "gone"):
+        os.utime(tmp_path / id / "0.png", (long_ago, long_ago))
+    desk: Any = SimpleNamespace(store=store, jobs=jobs)
+    model: Any = SimpleNamespace(id="tiny")
+    Slots(0, model, desk, "played")._sweep_store()
+    assert {folder.name for folder in tmp_path.iterdir()} == {alive, "fresh"}
