@@ -181,10 +181,13 @@ class Jobs:
         with redis_errors():
             return self._generation(self._job(id, tenant))
 
-    def accepted(self, id: str) -> tuple[str, str, Generation]:
-        """Anybody's generation, for who delivers webhooks: its tenant, its seal, and itself."""
+    def ended(self, id: str) -> tuple[str, str, Generation] | None:
+        """Anybody's generation, for who delivers webhooks: its tenant, its seal, and itself; None
+        while it goes on."""
         with redis_errors():
             job = self._job(id)
+            if not STATUS.get(job.get_status(refresh=False), Status.QUEUED).is_terminal:
+                return None
             tenant, seal = (str(job.meta.get(name)) for name in ("tenant", "seal"))
             return tenant, seal, self._generation(job)
 

@@ -176,7 +176,6 @@ OWN = {
     "service": [
         ("EVAL", "return redis.call('HSET', 'safelatent:models', 'm', '{}')", "0"),
         ("HSET", "safelatent:models", "m", "{}"),
-        ("ZADD", "safelatent:workers", "1", "w m"),
         ("XADD", "rq:results:1", "*", "a", "b"),
         ("HSET", "safelatent:webhook:1", "status", "delivered"),
         ("GET", "foreign"),

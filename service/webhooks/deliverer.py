@@ -119,8 +119,8 @@ class Deliverer:
 
     def _ended(self, id: str) -> None:
         with suppress(errors.NotFound):
-            _, _, generation = self.jobs.accepted(id)
-            if generation.webhook and generation.status.is_terminal:
+            ended = self.jobs.ended(id)
+            if ended and ended[2].webhook:
                 with redis_errors():
                     self.owed.ended(id)
                 self._news.set()
@@ -135,12 +135,16 @@ class Deliverer:
 
     async def _look(self, id: str, lease: str) -> None:
         try:
-            tenant, seal, generation = await asyncio.to_thread(self.jobs.accepted, id)
+            ended = await asyncio.to_thread(self.jobs.ended, id)
         except errors.NotFound:  # deleted, or forgotten after its time
             await self._move(id, lease, None)
             return
-        if generation.webhook is None or not generation.status.is_terminal:
+        if ended is None:
             await self._move(id, lease, self.look_s)
+            return
+        tenant, seal, generation = ended
+        if generation.webhook is None:  # forged
+            await self._move(id, lease, None)
             return
         host = generation.webhook.url.partition("://")[2].partition("/")[0]
         if self._at_host[host] >= AT_ONCE_PER_HOST:  # others need not wait behind a slow one
