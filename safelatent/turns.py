@@ -223,7 +223,7 @@ class Turns:
                 here = queue(model, tenant, priority, self.connection).key
                 pipeline.lpos(here, id, rank=-1)  # from the end, where a new one is
             answers = iter(pipeline.execute())
-        found = []
+        found: list[tuple[int | None, float | None]] = []
         for _, origin, cost in jobs:
             model, tenant, priority = place_of(origin)
             lengths = [next(answers) for _ in PRIORITIES]

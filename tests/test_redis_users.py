@@ -143,7 +143,7 @@ def test_each_process_works_as_its_own_user(
             assert workers[1].exitcode == 0
             assert len(receiver.calls) == 4
         refused: Any = admin.execute_command("ACL LOG")
-        assert refused == [], [dict(zip(each[::2], each[1::2], strict=True)) for each in refused]
+        assert refused == []
     finally:
         for worker in workers:
             worker.kill()
