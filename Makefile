@@ -5,10 +5,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-EXTRAS := service,worker,local,cli,dev
+EXTRAS := service,worker,playground,local,cli,dev
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check bench openapi evaluate-embedded model clean
+.PHONY: help run playground test check bench openapi evaluate-embedded model clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,6 +20,9 @@ export PORT
 
 run: $(INSTALLED) ## the whole local stack; PORT=8000 MODEL=<folder or hub id> ONCE="a prompt"
 	@exec $(BIN)/python deploy/local/stack.py
+
+playground: $(INSTALLED) ## a page to try a service in that runs (make run), at http://127.0.0.1:7860
+	@exec $(BIN)/python -m playground
 
 test: $(INSTALLED) ## the whole test suite; ARGS="-k word" goes to pytest
 	$(BIN)/python -m pytest $(ARGS)
