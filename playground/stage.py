@@ -14,7 +14,11 @@ from safelatent.schema import Blocked
 KEYS = ("a", "b")
 """Of the two sides: letters on the page, classes in the style sheet."""
 HEAT = ((0, (255, 214, 120, 0)), (110, (249, 142, 60, 165)), (255, (196, 30, 20, 225)))
-"""Colour and opacity of the heat map at grey 0, 110 and 255; style.css draws the same scale."""
+"""Colour and opacity of the heat map at grey 0, 110 and 255."""
+SCALE = ", ".join(
+    f"rgb({red} {green} {blue} / {alpha / 255:.2f}) {value / 2.55:.0f}%"
+    for value, (red, green, blue, alpha) in HEAT
+)
 EYE = (
     '<svg viewBox="0 0 24 24" aria-hidden="true"><path d="M3 3l18 18M10.6 10.7a2 2 0 0 0 2.8 2.8'
     "M9.4 5.3A9.6 9.6 0 0 1 12 5c5 0 8.5 4 9.5 7a12 12 0 0 1-2.4 3.9"
@@ -40,7 +44,8 @@ def stage(sides: Sequence[Side], url: str, has_key: bool) -> str:
     heat = (
         '<label class="switch"><input type="checkbox" class="show-heat">'
         "<span>Heat map</span></label>"
-        '<div class="scale"><span>untouched</span><i></i><span>most, in this picture</span></div>'
+        f'<div class="scale"><span>untouched</span><i style="background:linear-gradient(90deg, '
+        f'{SCALE})"></i><span>most, in this picture</span></div>'
         if some_heat
         else '<p class="note">No heat map: safety acted on no picture that is shown.</p>'
     )
@@ -95,7 +100,7 @@ def _withheld(blocked: Blocked) -> str:
     if blocked.score is None or blocked.threshold is None:
         why = "could not judge it, so nobody sees it"
     else:
-        why = f"score {blocked.score:.2f}, threshold {blocked.threshold:.2f}"
+        why = f"score {blocked.score:.2f}<br>threshold {blocked.threshold:.2f}"
     return (
         f'<div class="withheld"><div>{EYE}'
         "<p><strong>Picture withheld</strong></p>"
