@@ -70,14 +70,11 @@ def told(sides: Sequence[Side]) -> str:
             if not side.is_over
         )
         return "Waiting for a worker …" if queued else "Drawing …"
-    drawn = [side for side in sides if not side.error]
-    if len(drawn) < len(sides):
+    images = [image for side in sides if side.generation for image in side.generation.images]
+    if len(images) < len(sides):
         return ""
-    withheld = [side for side in drawn if side.generation and side.generation.images[0].blocked]
-    told = "Drawn."
-    if withheld:
-        told += " Withheld by a check: " + " and ".join(side.level for side in withheld) + "."
-    return told
+    withheld = [side.level for side, image in zip(sides, images, strict=True) if image.blocked]
+    return f"Drawn. Withheld by a check: {' and '.join(withheld)}." if withheld else "Drawn."
 
 
 def _bar(key: str, side: Side) -> str:

@@ -7,8 +7,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,11 @@ def proxy(target: str) -> Starlette:
     """Serves `target` under `UNDER`, which it takes away, as a reverse proxy does."""
     client = httpx.AsyncClient(base_url=target, timeout=None, trust_env=False)
 
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        async with client:
+            yield
+
     async def forward(request: Request) -> StreamingResponse:
         path = request.url.path.removeprefix(UNDER)
         content = await request.body()
@@ -100,7 +105,8 @@ def proxy(target: str) -> Starlette:
         end = BackgroundTask(answer.aclose)
         return StreamingResponse(answer.aiter_raw(), answer.status_code, answer.headers, None, end)
 
-    return Starlette(routes=[Route(UNDER + "/{path:path}", forward, methods=["GET", "POST"])])
+    route = Route(UNDER + "/{path:path}", forward, methods=["GET", "POST"])
+    return Starlette(routes=[route], lifespan=lifespan)
 
 
 @pytest.fixture(scope="session")
@@ -122,12 +128,14 @@ def browser() -> Iterator["playwright.Browser"]:
     if CHROMIUM is None:
         pytest.skip("there is no chromium here (Debian: apt install chromium)")
     with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = driver.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"]
+        )
         yield browser
         browser.close()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def open_page(browser: "playwright.Browser", playground: str) -> Iterator[Any]:
     """Opens the page as somebody would; nothing may be asked of anybody but the playground."""
     elsewhere: list[str] = []
@@ -137,7 +145,7 @@ def open_page(browser: "playwright.Browser", playground: str) -> Iterator[Any]:
         if not request.url.startswith((playground, "data:", "blob:")):
             elsewhere.append(request.url)
 
-    def open_page(width: int = 1280, scheme: str = "light") -> "playwright.Page":
+    def open_page(width: int, scheme: str) -> "playwright.Page":
         context = browser.new_context(
             viewport={"width": width, "height": 900},
             color_scheme=scheme,
@@ -156,3 +164,15 @@ def open_page(browser: "playwright.Browser", playground: str) -> Iterator[Any]:
     for context in contexts:
         context.close()
     assert elsewhere == []
+
+
+@pytest.fixture(scope="session")
+def wide(open_page: Any) -> "playwright.Page":
+    """A light page on a wide screen, which several tests use: opening takes longest."""
+    return open_page(1440, "light")
+
+
+@pytest.fixture(scope="session")
+def narrow(open_page: Any) -> "playwright.Page":
+    """A dark page on a telephone."""
+    return open_page(390, "dark")
