@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
@@ -22,8 +22,9 @@ from starlette.routing import Route
 
 from tests.service.played import serving
 
-pytest.importorskip("gradio", reason="the extra `playground` is not installed")
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Request as Asked
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 120
@@ -124,10 +125,10 @@ def playground(service: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 @pytest.fixture(scope="session")
-def browser() -> Iterator["playwright.Browser"]:
-    if CHROMIUM is None:
-        pytest.skip("there is no chromium here (Debian: apt install chromium)")
-    with playwright.sync_playwright() as driver:
+def browser(stack: tuple[str, int]) -> Iterator["Browser"]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
         browser = driver.chromium.launch(
             executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"]
         )
@@ -136,16 +137,16 @@ def browser() -> Iterator["playwright.Browser"]:
 
 
 @pytest.fixture(scope="session")
-def open_page(browser: "playwright.Browser", playground: str) -> Iterator[Any]:
+def open_page(browser: "Browser", playground: str) -> Iterator[Any]:
     """Opens the page as somebody would; nothing may be asked of anybody but the playground."""
     elsewhere: list[str] = []
     contexts = []
 
-    def note(request: "playwright.Request") -> None:
+    def note(request: "Asked") -> None:
         if not request.url.startswith((playground, "data:", "blob:")):
             elsewhere.append(request.url)
 
-    def open_page(width: int, scheme: str) -> "playwright.Page":
+    def open_page(width: int, scheme: str) -> "Page":
         context = browser.new_context(
             viewport={"width": width, "height": 900},
             color_scheme=scheme,
@@ -167,12 +168,12 @@ def open_page(browser: "playwright.Browser", playground: str) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
-def wide(open_page: Any) -> "playwright.Page":
+def wide(open_page: Any) -> "Page":
     """A light page on a wide screen, which several tests use: opening takes longest."""
     return open_page(1440, "light")
 
 
 @pytest.fixture(scope="session")
-def narrow(open_page: Any) -> "playwright.Page":
+def narrow(open_page: Any) -> "Page":
     """A dark page on a telephone."""
     return open_page(390, "dark")
