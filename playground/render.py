@@ -21,22 +21,33 @@ PANELS = (
 
 def results(sides: Sequence[Side], url: str, shown_url: str, has_key: bool) -> str:
     """All of it. An error that both sides share is said once, in the place of everything."""
-    errors = [said(side.error, url, has_key) for side in sides if side.error]
-    if len(errors) == len(sides) and all(error == errors[0] for error in errors):
+    errors = [side.error and said(side.error, url, has_key) for side in sides]
+    if errors[0] and errors[0] == errors[1]:
         return alert(errors[0])
-    parts = [stage(sides, url, has_key), _facts(sides), _telemetry(sides), _checks(sides)]
+    parts = [
+        _alert(error, tag(key, side))
+        for key, side, error in zip(KEYS, sides, errors, strict=True)
+        if error
+    ]
+    if not all(errors):
+        parts += [stage(sides), _facts(sides), _telemetry(sides), _checks(sides)]
     parts.append(_reports(sides, shown_url, has_key))
     return f'<div class="sheet">{"".join(parts)}</div>'
 
 
 def alert(error: Said) -> str:
+    """An error, in the place of everything."""
+    return f'<div class="sheet">{_alert(error)}</div>'
+
+
+def _alert(error: Said, whose: str = "") -> str:
     items = "".join(f"<li>{escape(item)}</li>" for item in error.items)
     return (
-        f'<div class="sheet"><div class="alert" role="alert"><h2>{escape(error.title)}</h2>'
+        f'<div class="alert" role="alert">{whose}<h2>{escape(error.title)}</h2>'
         + (f"<p>{escape(error.text)}</p>" if error.text else "")
         + (f"<p>{escape(error.cure)}</p>" if error.cure else "")
         + (f"<ul>{items}</ul>" if items else "")
-        + "</div></div>"
+        + "</div>"
     )
 
 

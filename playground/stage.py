@@ -8,7 +8,6 @@ from html import escape
 from PIL import Image
 
 from playground.talk import Side
-from playground.words import said
 from safelatent.schema import Blocked
 
 KEYS = ("a", "b")
@@ -32,10 +31,10 @@ def tag(key: str, side: Side) -> str:
     return f'<span class="tag {key}"><b>{key.upper()}</b> {escape(side.level)}</span>'
 
 
-def stage(sides: Sequence[Side], url: str, has_key: bool) -> str:
+def stage(sides: Sequence[Side]) -> str:
     """The two pictures in one frame, a range input between them, and the heat maps over them."""
     layers = "".join(
-        f'<div class="layer {key}">{_picture(key, side, url, has_key)}</div>'
+        f'<div class="layer {key}">{_picture(key, side)}</div>'
         for key, side in zip(KEYS, sides, strict=True)
     )
     tags = "".join(tag(key, side) for key, side in zip(KEYS, sides, strict=True))
@@ -68,12 +67,11 @@ def _ratio(sides: Sequence[Side]) -> str:
     return f"{images[0].width} / {images[0].height}" if images else "1"
 
 
-def _picture(key: str, side: Side, url: str, has_key: bool) -> str:
+def _picture(key: str, side: Side) -> str:
     if side.error:
-        error = said(side.error, url, has_key)
         return (
-            f'<div class="withheld"><div><p><strong>{escape(error.title)}</strong></p>'
-            f'<p class="why">{escape(error.text)} {escape(error.cure)}</p></div></div>'
+            '<div class="withheld"><div><p><strong>Not drawn</strong></p>'
+            f'<p class="why">{escape(side.error.problem.title)}</p></div></div>'
         )
     assert side.generation is not None
     [image] = side.generation.images

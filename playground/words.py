@@ -49,7 +49,7 @@ def said(error: SafelatentError, url: str, has_key: bool) -> Said:
     if isinstance(error, errors.InvalidRequest):
         items = [f"{_field(each.field)}: {each.message}" for each in error.problem.errors]
         return Said(
-            "The request cannot be made as it is", "" if items else text, "Change it here:", items
+            "The request cannot be made as it is", "" if items else text, "What to change:", items
         )
     if isinstance(error, errors.QueueUnavailable | errors.NotReady | errors.StoreUnavailable):
         return Said(error.title, text, _later(error))

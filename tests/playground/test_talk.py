@@ -7,6 +7,7 @@ import pytest
 from redis import Redis
 
 from playground.plot import Line, plot
+from playground.render import results
 from playground.settings import Settings
 from playground.talk import Side, Talk
 from playground.words import said
@@ -78,6 +79,16 @@ def test_a_wrong_field_is_called_what_the_page_calls_it(talk):
 def test_a_level_that_could_not_act_says_why(talk):
     words = said(refused(talk, steps=5), "http://x", True)
     assert "warm-up of 10 covers all 5 denoiser calls" in words.items[0]
+
+
+def test_of_two_the_one_that_is_refused_is_said_beside_the_other(talk):
+    bodies = [BODY | {"safety": {"level": level}} for level in ("off", "weak")]
+    *_, sides = talk.compare([bodies[0], bodies[1] | {"steps": 0}])
+    shown = results(sides, "http://x", "http://x", True)
+    assert shown.count('role="alert"') == 2
+    assert "Your policy does not allow this" in shown and "<li>Steps: " in shown
+    *_, sides = talk.compare(bodies[:1] * 2)
+    assert results(sides, "http://x", "http://x", True).count('role="alert"') == 1
 
 
 @pytest.mark.parametrize("key", [None, "slk_wrong"])
