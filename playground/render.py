@@ -21,7 +21,7 @@ PANELS = (
 
 def results(sides: Sequence[Side], url: str, shown_url: str, has_key: bool) -> str:
     """All of it. An error that both sides share is said once, in the place of everything."""
-    errors = [side.error and said(side.error, url, has_key) for side in sides]
+    errors = [said(side.error, url, has_key) if side.error else None for side in sides]
     if errors[0] and errors[0] == errors[1]:
         return alert(errors[0])
     parts = [

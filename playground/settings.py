@@ -5,8 +5,6 @@ from typing import Self
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from safelatent.client import DEFAULT_URL
-
 
 class Settings(BaseSettings):
     """Environment variables are SAFELATENT_PLAYGROUND_<NAME>, but for the client's two.
@@ -22,7 +20,7 @@ class Settings(BaseSettings):
         use_attribute_docstrings=True,
     )
 
-    url: str = Field(default=DEFAULT_URL, validation_alias="SAFELATENT_URL")
+    url: str = Field(default="http://127.0.0.1:8000", validation_alias="SAFELATENT_URL")
     """Where the service is, as this process reaches it."""
     api_key: SecretStr | None = Field(default=None, validation_alias="SAFELATENT_API_KEY")
     """Sent to the service; never shown on the page."""

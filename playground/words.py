@@ -28,7 +28,7 @@ class Said:
 
 def said(error: SafelatentError, url: str, has_key: bool) -> Said:
     """The error in plain words. `url` is the service's; `has_key` says whether a key was sent."""
-    text = str(error)
+    text = error.problem.detail or error.problem.title
     if isinstance(error, errors.NoAnswer):
         return Said(
             "The service is away",
