@@ -23,7 +23,7 @@ def main() -> int:
     from safelatent.client import Client
 
     key = settings.api_key.get_secret_value() if settings.api_key else None
-    with Client(settings.url, api_key=key) as client:
+    with Client(settings.url, api_key=key, max_retries=1) as client:
         page = build(Talk(client), settings.url, settings.shown_url, key is not None)
         page.launch(
             server_name=settings.host,

@@ -49,7 +49,7 @@ def build(talk: Talk, url: str, shown_url: str, has_key: bool) -> gr.Blocks:
             model: gr.update(choices=ids, value=ids[0] if ids else None),
             level_a: gr.update(choices=levels, value=levels[0]),
             level_b: gr.update(choices=levels, value=_liked(levels)),
-            steps: gr.update(maximum=min(can.limits["steps"], 100)),
+            steps: gr.update(maximum=min(int(can.limits["steps"] or 100), 100)),
             concepts: gr.update(
                 value="\n".join(can.concepts),
                 interactive=not can.concepts_fixed,

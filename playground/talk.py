@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from safelatent import errors
-from safelatent.client import Call, Client, Generation
+from safelatent.client import Client, Generation
 from safelatent.schema import Capabilities, LoadedModel, Status
 
 POLL_S = 0.2
@@ -14,7 +14,6 @@ PATIENCE_S = 30
 """How long a generation that runs is looked for while the service or its Redis is away."""
 
 AWAY = (errors.NoAnswer, errors.QueueUnavailable)
-CAPABILITIES = Call("GET", "/capabilities", Capabilities.model_validate_json)
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Talk:
         self.client = client
 
     def choices(self) -> Choices:
-        return Choices(self.client._send(CAPABILITIES), self.client.models())
+        return Choices(self.client.capabilities(), self.client.models())
 
     def compare(self, bodies: Sequence[dict[str, Any]]) -> Iterator[list[Side]]:
         """Ask for all at once and say how they stand, until each has ended; then pictures too.
@@ -116,8 +115,8 @@ class Talk:
                 return replace(side, error=errors.from_problem(problem, errors.JobError))
             [image] = generation.images
             picture = None if image.blocked else image.bytes()
-            heat = image.safety.heatmap_url and self.client._bytes(image.safety.heatmap_url)
-            return replace(side, picture=picture, heat=heat or None)
+            heat = image.heatmap() if image.safety.heatmap_url else None
+            return replace(side, picture=picture, heat=heat)
         except errors.SafelatentError as error:
             return replace(side, error=error)
 
