@@ -1,4 +1,4 @@
-# Targets: service (no torch in it), worker (for a GPU), worker-cpu.
+# Targets: service and playground (no torch in them), worker (for a GPU), worker-cpu.
 #   docker build --target service -t safelatent-service .
 #
 # Dependencies go into a virtual environment in a stage of their own, so that the images hold no
@@ -34,6 +34,13 @@ WORKDIR /build
 COPY pyproject.toml constraints.txt deploy/requirements.py ./
 RUN python3 -m venv /opt/venv \
  && python3 requirements.py worker > requirements.txt \
+ && /opt/venv/bin/pip install --no-cache-dir -r requirements.txt -c constraints.txt
+
+FROM ${BASE} AS playground-venv
+WORKDIR /build
+COPY pyproject.toml constraints.txt deploy/requirements.py ./
+RUN python3 -m venv /opt/venv \
+ && python3 requirements.py playground > requirements.txt \
  && /opt/venv/bin/pip install --no-cache-dir -r requirements.txt -c constraints.txt
 
 
@@ -96,3 +103,21 @@ COPY --chown=10001:10001 deploy/healthy.py ./
 USER 10001:10001
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s CMD ["python", "healthy.py", "worker"]
 CMD ["python", "-m", "worker"]
+
+
+FROM ${BASE} AS playground
+ENV PATH=/opt/venv/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    SAFELATENT_PLAYGROUND_HOST=0.0.0.0 \
+    GRADIO_TEMP_DIR=/tmp/gradio
+RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin safelatent
+WORKDIR /app
+COPY --from=playground-venv /opt/venv /opt/venv
+COPY --chown=10001:10001 safelatent safelatent
+COPY --chown=10001:10001 playground playground
+COPY --chown=10001:10001 deploy/healthy.py ./
+USER 10001:10001
+EXPOSE 7860
+HEALTHCHECK --interval=10s --timeout=5s --start-period=30s CMD ["python", "healthy.py", "playground"]
+CMD ["python", "-m", "playground"]

@@ -6,10 +6,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 N ?= 300
-EXTRAS := service,worker,local,cli,dev
+EXTRAS := service,worker,local,cli
+TOOLS := $(VENV)/.tools
+TOOL_EXTRAS := $(EXTRAS),playground,dev
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check chaos bench openapi evaluate-embedded model clean
+.PHONY: help run playground test check chaos bench openapi evaluate-embedded model clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,10 +24,13 @@ export PORT
 run: $(INSTALLED) ## the whole local stack; PORT=8000 MODEL=<folder or hub id> ONCE="a prompt"
 	@exec $(BIN)/python deploy/local/stack.py
 
-test: $(INSTALLED) ## the whole test suite; ARGS="-k word" goes to pytest
+playground: $(TOOLS) ## a page to try a service in that runs (make run), at http://127.0.0.1:7860
+	@exec $(BIN)/python -m playground
+
+test: $(TOOLS) ## the whole test suite; ARGS="-k word" goes to pytest
 	$(BIN)/python -m pytest $(ARGS)
 
-check: $(INSTALLED) ## style, types, import rules, container files
+check: $(TOOLS) ## style, types, import rules, container files
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -33,13 +38,13 @@ check: $(INSTALLED) ## style, types, import rules, container files
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
 
-bench: $(INSTALLED) ## speed and memory against diffusers' own pipeline
+bench: $(TOOLS) ## speed and memory against diffusers' own pipeline
 	$(BIN)/python -m benchmarks $(ARGS)
 
 openapi: $(INSTALLED) ## write docs/openapi.json anew; ARGS=--break although it breaks clients
 	$(BIN)/python -m service.openapi $(ARGS)
 
-chaos: $(INSTALLED) ## a whole stack under seeded faults; N=300 requests, ARGS="--seed 7"
+chaos: $(TOOLS) ## a whole stack under seeded faults; N=300 requests, ARGS="--seed 7"
 	$(BIN)/python -m chaos --n $(N) $(ARGS)
 
 evaluate-embedded: $(INSTALLED) ## what safety does to the embedded model, by a service that runs (make run)
@@ -56,6 +61,10 @@ clean: ## remove the environment, the local state and every cache, but no traini
 # The environment follows pyproject.toml and constraints.txt, and nothing else re-installs it.
 $(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --disable-pip-version-check -e ".[$(EXTRAS)]" -c constraints.txt
+	@touch $@
+
+$(TOOLS): pyproject.toml constraints.txt $(INSTALLED)
+	$(BIN)/python -m pip install --disable-pip-version-check -e ".[$(TOOL_EXTRAS)]" -c constraints.txt
 	@touch $@
 
 $(BIN)/python:

@@ -1,6 +1,7 @@
 """The images' health checks: exit code 0 when this container does what it is there for.
 
     python healthy.py service    the frontend answers /healthz (whether it can work is /readyz)
+    python healthy.py playground the page is served
     python healthy.py worker     a worker of this container has lately told Redis that it is warm
 
 A worker is unhealthy while Redis is away: it cannot work then. Restarting it would not help, so do
@@ -15,8 +16,17 @@ import urllib.request
 
 def service() -> None:
     port = os.environ.get("SAFELATENT_PORT", "8000")
+    open_url(f"http://127.0.0.1:{port}/healthz")
+
+
+def playground() -> None:
+    port = os.environ.get("SAFELATENT_PLAYGROUND_PORT", "7860")
+    open_url(f"http://127.0.0.1:{port}/")
+
+
+def open_url(url: str) -> None:
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    direct.open(f"http://127.0.0.1:{port}/healthz", timeout=4).close()
+    direct.open(url, timeout=4).close()
 
 
 def worker() -> None:
@@ -38,6 +48,6 @@ def worker() -> None:
 
 if __name__ == "__main__":
     try:
-        {"service": service, "worker": worker}[sys.argv[1]]()
+        {"service": service, "playground": playground, "worker": worker}[sys.argv[1]]()
     except Exception as error:
         sys.exit(f"{type(error).__name__}: {error}")
