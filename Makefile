@@ -8,10 +8,10 @@ INSTALLED := $(VENV)/.installed
 N ?= 300
 EXTRAS := service,worker,local,cli
 TOOLS := $(VENV)/.tools
-TOOL_EXTRAS := $(EXTRAS),playground,dev
+TOOL_EXTRAS := $(EXTRAS),playground,dev,docs
 
 .DEFAULT_GOAL := help
-.PHONY: help run playground test check chaos bench openapi evaluate-embedded model clean
+.PHONY: help run playground test check chaos bench openapi evaluate-embedded model clean docs docs-pictures
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,13 +30,19 @@ playground: $(TOOLS) ## a page to try a service in that runs (make run), at http
 test: $(TOOLS) ## the whole test suite; ARGS="-k word" goes to pytest
 	$(BIN)/python -m pytest $(ARGS)
 
-check: $(TOOLS) ## style, types, import rules, container files
+check: $(TOOLS) docs ## style, types, import rules, container files, the docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python tools/unasync.py --check
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
+
+docs: $(TOOLS) ## the site, into .safelatent/site; a warning is an error
+	$(BIN)/python -m sphinx -W --keep-going -q -d .safelatent/doctrees docs .safelatent/site
+
+docs-pictures: $(INSTALLED) ## draw the docs' pictures anew, with the embedded model
+	$(BIN)/python -m docs.pictures
 
 bench: $(TOOLS) ## speed and memory against diffusers' own pipeline
 	$(BIN)/python -m benchmarks $(ARGS)
@@ -55,7 +61,7 @@ model: $(INSTALLED) ## train models/emoji_scenes from nothing (hours; goes on wh
 
 clean: ## remove the environment, the local state and every cache, but no training
 	@find .safelatent -mindepth 1 -maxdepth 1 ! -name training -exec rm -rf {} + 2>/dev/null || true
-	rm -rf $(VENV) dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) dist docs/reference docs/problems .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The environment follows pyproject.toml and constraints.txt, and nothing else re-installs it.

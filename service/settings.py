@@ -27,10 +27,13 @@ class Settings(BaseSettings):
     redis_url: str = Field(validation_alias="REDIS_URL")
     """redis://, rediss:// or unix:// address of Redis or Valkey."""
     host: str = "127.0.0.1"
+    """Address to listen on."""
     port: int = Field(default=8000, ge=0, le=65535)
+    """Port to listen on; 0 takes a free one."""
     model: str = DEFAULT_MODEL
     """Folder or hub id of the default model; only its name matters here."""
     store_url: str = DEFAULT_STORE_URL
+    """Where images live: file://, s3://, gs://, az:// or memory://; the same for workers."""
     policy_file: Path | None = None
     """TOML with tenants, their keys and what they may ask for (service/policy.py)."""
     cors_origins: Annotated[tuple[str, ...], NoDecode] = ()
@@ -71,9 +74,11 @@ class Settings(BaseSettings):
         return found
 
     metrics_host: str = "127.0.0.1"
+    """Address of the metrics port."""
     metrics_port: int = Field(default=0, ge=0, le=65535)
     """Where /metrics is served for Prometheus alone; 0 is nowhere."""
     log_level: logs.Level = "INFO"
+    """Least level of the log's lines."""
     log_format: logs.Format | None = None
     """json or console; unset is console on a terminal and json elsewhere."""
 

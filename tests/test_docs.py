@@ -1,18 +1,29 @@
-"""What the docs show is so: their commands run, and the answers have the keys that are shown."""
+"""What the docs show is so: every block of code is run or says why not, and answers are as shown.
 
+A comment before a block says what becomes of it: `<!-- not run: why -->`, `<!-- only curl is run:
+why -->`, or `<!-- run by tests/... -->`. `python -m tests.test_docs` counts.
+"""
+
+import base64
 import inspect
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
+import textwrap
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from pydantic import SecretStr
 from redis import Redis
 from rq import get_current_job
 
@@ -20,6 +31,7 @@ from safelatent import errors
 from safelatent.jobs import Jobs
 from safelatent.schema import GenerationRequest, Safety, SafetyEffective, TelemetrySummary
 from safelatent.store import Store
+from service import policy
 from service.app import create_app
 from service.settings import Settings
 from tests.service.played import CARD, result, serving, work
@@ -27,10 +39,12 @@ from tests.service.played import CARD, result, serving, work
 ROOT = Path(__file__).parents[1]
 URL = "http://127.0.0.1:8000"
 FENCE = re.compile(
-    r"(?:<!-- not run: (?P<why>.+?) -->\n)?^```(?P<language>\w+)\n(?P<text>.*?)^```$",
+    r"(?:^ *<!-- (?P<mark>not run|only curl is run|run by) ?:? ?(?P<why>.+?) -->\n)?"
+    r"^(?P<indent> *)```(?P<language>\w+)\n(?P<text>.*?)^(?P=indent)```$",
     re.MULTILINE | re.DOTALL,
 )
 MODEL = "emoji_scenes"
+SECRET = "whsec_" + base64.b64encode(bytes(32)).decode()
 SUMMARY = TelemetrySummary(
     applied_calls=40, calls=50, cosine=0, undone=0, active=0, momentum=0, peak_call=11
 )
@@ -44,9 +58,14 @@ class Block:
     line: int
     language: str
     text: str
-    why_not: str | None
+    mark: str | None
+    why: str | None
     shown: Any = None
     """The JSON block that follows a command."""
+
+    @property
+    def is_run_here(self) -> bool:
+        return self.mark in (None, "only curl is run") and self.page not in RUN_ELSEWHERE
 
     def commands(self) -> str:
         """All of a `sh` block; of a `console` one only what calls the service."""
@@ -55,26 +74,54 @@ class Block:
         joined = self.text.replace("\\\n", "\\\0").splitlines()
         return "\n".join(line for line in joined if line.startswith("curl")).replace("\0", "\n")
 
+    def fate(self) -> str:
+        """run, shown (compared with an answer), or not run; raises where nobody has decided."""
+        if self.mark == "not run":
+            return "not run"
+        if self.mark == "run by" or self.page in RUN_ELSEWHERE:
+            test = self.why if self.mark else RUN_ELSEWHERE[self.page]
+            source = (ROOT / str(test)).read_text()
+            assert Path(self.page).name in source, f"{test} does not run {self.where}"
+            return "run"
+        if self.language == "json":
+            return "shown"
+        only_calls = all(line in self.commands() for line in self.text.splitlines())
+        if self.language == "console" and self.mark is None and not only_calls:
+            raise AssertionError(f"{self.where}: only curl is run; say why the rest is not")
+        if self.language in ("sh", "console", "python", "toml", "yaml"):
+            return "run"
+        raise AssertionError(f"{self.where}: nothing runs {self.language}; say why it is not run")
+
+    @property
+    def where(self) -> str:
+        return f"{self.page}:{self.line}"
+
 
 def blocks(page: str) -> list[Block]:
     content = (ROOT / page).read_text()
     found: list[Block] = []
     for fence in FENCE.finditer(content):
-        line = content[: fence.start()].count("\n") + 1
-        block = Block(page, line, fence["language"], fence["text"], fence["why"])
-        if block.language == "json" and found:
+        line = content.count("\n", 0, fence.start("language")) + 1
+        text = textwrap.dedent(fence["text"])
+        if fence["language"] == "text":
+            continue  # a drawing
+        block = Block(page, line, fence["language"], text, fence["mark"], fence["why"])
+        if block.language == "json" and block.is_run_here:
+            assert found, f"{block.where}: no command comes before this answer"
             found[-1].shown = json.loads(block.text)
         found.append(block)
     return found
 
 
-PAGES = ["README.md", "docs/api.md", "docs/deployment.md", "docs/openai.md"]
-PYTHON = [
-    block
-    for page in PAGES
-    for block in blocks(page)
-    if block.language == "python" and block.why_not is None
-]
+RUN_ELSEWHERE = {
+    page: "tests/client/test_docs_sdk.py"
+    for page in ("docs/sdk.md", "docs/cli.md")
+    if (ROOT / page).exists()
+}
+"""Pages whose blocks another test runs."""
+PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+BLOCKS = [block for page in PAGES for block in blocks(page)]
+HERE = [block for block in BLOCKS if block.is_run_here]
 
 
 @pytest.fixture
@@ -82,7 +129,10 @@ def address(redis_url: str, connection: Redis, tmp_path: Path) -> Iterator[str]:
     """A service whose worker takes a moment for everything that is queued."""
     picture = (ROOT / "docs" / "levels.png").read_bytes()
     store_url = f"file://{tmp_path}/store"
-    app = create_app(Settings(redis_url=redis_url, model=MODEL, store_url=store_url))
+    settings = Settings(
+        redis_url=redis_url, model=MODEL, store_url=store_url, webhook_secret=SecretStr(SECRET)
+    )
+    app = create_app(settings)
     app.state.parts.waiting.look_every_s = 0.2
     card = CARD.model_copy(update={"id": MODEL})
     Jobs(connection).announce("played", card, ttl_s=3600)
@@ -139,13 +189,12 @@ def has_keys(answer: Any, shown: Any, where: str = "") -> None:
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl here")
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", sorted({b.page for b in HERE if b.language in ("sh", "console")}))
 def test_its_commands_run_and_its_answers_have_these_keys(
     page: str, address: str, tmp_path: Path
 ) -> None:
     script = ["set -euo pipefail"]
-    commands = [b for b in blocks(page) if b.language in ("sh", "console") and b.commands()]
-    commands = [block for block in commands if block.why_not is None]
+    commands = [b for b in HERE if b.page == page and b.language in ("sh", "console")]
     for number, block in enumerate(commands):
         script.append(f"exec > {number}.out\n{block.commands()}")
     done = subprocess.run(
@@ -159,8 +208,7 @@ def test_its_commands_run_and_its_answers_have_these_keys(
     for number, block in enumerate(commands):
         said = (tmp_path / f"{number}.out").read_text()
         if block.shown is not None:
-            where = f"{page}:{block.line}"
-            has_keys(last_json(said), block.shown, where)
+            has_keys(last_json(said), block.shown, block.where)
     if page == "docs/api.md":
         assert len(commands) > 10
         for picture in ("cat.png", "1.png"):
@@ -171,12 +219,56 @@ def test_its_commands_run_and_its_answers_have_these_keys(
         assert "event: finished" in (tmp_path / f"{events}.out").read_text()
 
 
-@pytest.mark.parametrize("block", PYTHON, ids=lambda block: f"{block.page}:{block.line}")
-def test_its_python_runs(
-    block: Block, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "block", [b for b in HERE if b.language == "python"], ids=lambda block: block.where
+)
+def test_its_python_runs(block: Block, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """In a process of its own: an example may add to the tables of the process."""
+    code = block.text
+    if URL in code:
+        code = code.replace(URL, request.getfixturevalue("address"))
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "WEBHOOK_SECRET": SECRET},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "block", [b for b in HERE if b.language == "toml"], ids=lambda block: block.where
+)
+def test_its_toml_is_a_policy(
+    block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    exec(compile(block.text.replace(URL, address), block.page, "exec"), {})
+    monkeypatch.setenv("ACME_WEBHOOK_SECRET", SECRET)
+    (tmp_path / "acme-old").write_text(SECRET)
+    path = tmp_path / "policy.toml"
+    path.write_text(block.text.replace("/run/secrets", str(tmp_path)))
+    parsed, _ = policy.load(path)
+    assert parsed.tenants
+
+
+@pytest.mark.parametrize(
+    "block", [b for b in HERE if b.language == "yaml"], ids=lambda block: block.where
+)
+def test_its_yaml_adds_to_the_compose_file(block: Block) -> None:
+    compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+    for name, service in yaml.safe_load(block.text)["services"].items():
+        assert service.keys() <= compose["services"][name].keys() | {"volumes"}, name
+
+
+def census() -> dict[str, int]:
+    """How many blocks of all pages are run, shown and not run."""
+    return dict(Counter(block.fate() for block in BLOCKS))
+
+
+def test_every_block_is_run_or_says_why_not() -> None:
+    counted = census()
+    assert counted["run"] > 2 * counted["not run"], counted
 
 
 def test_its_table_of_errors_is_the_tree() -> None:
@@ -197,3 +289,12 @@ def test_a_key_that_an_answer_lacks_is_seen() -> None:
     has_keys({"a": [{"b": 1}]}, {"a": [{"b": 2}]})
     with pytest.raises(AssertionError, match=r"x.a\[0\]: c is not in"):
         has_keys({"a": [{"b": 1}]}, {"a": [{"c": 2}]}, "x")
+
+
+if __name__ == "__main__":
+    counted = census()
+    share = counted["run"] / (counted["run"] + counted.get("not run", 0))
+    print(f"{len(PAGES)} pages: {counted}; {share:.0%} of the blocks that can be run are run")
+    for block in BLOCKS:
+        if block.mark == "not run":
+            print(f"  {block.where}: {block.why}")

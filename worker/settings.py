@@ -33,6 +33,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="SAFELATENT_", frozen=True)
 
     redis_url: str = Field(validation_alias="REDIS_URL")
+    """redis://, rediss:// or unix:// address of Redis or Valkey."""
     model: str = DEFAULT_MODEL
     """Folder or hub id of the checkpoint, in diffusers' layout."""
     model_revision: str | None = None
@@ -47,14 +48,17 @@ class Settings(BaseSettings):
     max_rows: PositiveFloat = 24
     """Rows of the native size in one denoiser call; a guided image with SLD has three."""
     store_url: str = DEFAULT_STORE_URL
+    """Where images live: file://, s3://, gs://, az:// or memory://; the same for frontends."""
     grace_s: NonNegativeFloat = 60
     """How long a worker that is asked to end lets its generations run before it hands them back."""
     stall_s: PositiveFloat | None = None
     """A denoising step that takes longer is a hang; unset goes by what steps take."""
     metrics_host: str = "127.0.0.1"
+    """Address of the metrics port."""
     metrics_port: int = Field(default=0, ge=0, le=65535)
     """Where /metrics is served for Prometheus; 0 is nowhere."""
     log_level: logs.Level = "INFO"
+    """Least level of the log's lines."""
     log_format: logs.Format | None = None
     """json or console; unset is console on a terminal and json elsewhere."""
     log_prompts: bool = False

@@ -1,0 +1,1 @@
+"""What turns docs/ into the site beyond Sphinx itself; see docs/conf.py."""
