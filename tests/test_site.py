@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import playground.settings
 import service.settings
 import service.webhooks.settings
 import worker.settings
@@ -69,13 +70,16 @@ def test_every_type_of_problem_has_a_cause_and_a_cure() -> None:
     assert advised.keys() == ERRORS.keys() - BRANCHES
 
 
-@pytest.mark.parametrize("module", [service.settings, service.webhooks.settings, worker.settings])
+@pytest.mark.parametrize(
+    "module", [service.settings, service.webhooks.settings, worker.settings, playground.settings]
+)
 def test_every_setting_is_shown_and_explained(module: object) -> None:
     cls = module.Settings  # type: ignore[attr-defined]
     shown = list(settings.settings(ROOT / f"{cls.__module__.replace('.', '/')}.py"))
     own = [name for name in cls.model_fields if name in cls.__dict__["__annotations__"]]
     variables = [
-        cls.model_fields[name].validation_alias or f"SAFELATENT_{name.upper()}" for name in own
+        cls.model_fields[name].validation_alias or f"{cls.model_config['env_prefix']}{name}".upper()
+        for name in own
     ]
     assert [each.name for each in shown] == variables
     assert [each.name for each in shown if not each.meaning] == []
