@@ -142,8 +142,8 @@ def park(job: Job, execution: Execution, version: int) -> bool:
 def unpark(connection: Redis, model: str, version: int) -> None:
     """Queue what others have set aside for workers of our version."""
     parked = PARKED.format(model, version)
-    while ids := connection.lrange(parked, -1, -1):
-        [id] = ids  # type: ignore[misc]
+    while last := connection.lindex(parked, -1):
+        id: Any = last
         origin: Any = connection.hget(Job.key_for(id.decode()), "origin")
         with connection.pipeline() as pipeline:
             if origin is not None:

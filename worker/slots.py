@@ -223,7 +223,7 @@ class Slot(SimpleWorker):
     def register_birth(self) -> None:
         """RQ refuses a name that is registered: ours may be, after an outage, and is ours alone."""
         self.connection.delete(self.key)
-        super().register_birth()
+        super().register_birth()  # type: ignore[no-untyped-call]
 
     def run_maintenance_tasks(self) -> None:
         """Nothing: `Slots` does it for all."""
