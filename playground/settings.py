@@ -27,7 +27,9 @@ class Settings(BaseSettings):
     public_url: str | None = None
     """Where the service is for those who copy a request; unset is `url`."""
     host: str = "127.0.0.1"
+    """Address to listen on."""
     port: int = Field(default=7860, ge=0, le=65535)
+    """Port to listen on."""
     root_path: str = ""
     """The sub-path that a proxy serves the page under, and takes away: `/playground`."""
     open: bool = False

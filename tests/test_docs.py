@@ -30,11 +30,11 @@ from rq import get_current_job
 from safelatent import errors
 from safelatent.jobs import Jobs
 from safelatent.schema import GenerationRequest, Safety, SafetyEffective, TelemetrySummary
-from safelatent.store import Store
+from safelatent.store import Store, image_key
 from service import policy
 from service.app import create_app
 from service.settings import Settings
-from tests.service.played import CARD, result, serving, work
+from tests.service.played import CARD, SHA256, result, serving, work
 
 ROOT = Path(__file__).parents[1]
 URL = "http://127.0.0.1:8000"
@@ -141,7 +141,7 @@ def address(redis_url: str, connection: Redis, tmp_path: Path) -> Iterator[str]:
         id = get_current_job().id  # type: ignore[union-attr]
         time.sleep(0.2)
         for index in range(request["n"]):
-            Store(store_url).put(f"{id}/{index}.{request['image_format']}", picture)
+            Store(store_url).put(image_key(id, index, SHA256, request["image_format"]), picture)
         asked = GenerationRequest.model_validate(request).safety
         effective = SafetyEffective(
             level=asked.level,
