@@ -27,8 +27,8 @@ from safelatent.schema import (
     Status,
     TelemetrySummary,
 )
-from safelatent.store import Store
-from tests.service.played import CARD, result, work
+from safelatent.store import Store, image_key
+from tests.service.played import CARD, SHA256, result, work
 
 SUMMARY = TelemetrySummary(
     applied_calls=43, calls=50, cosine=0.31, undone=0.124, active=0.2, momentum=0.1, peak_call=9
@@ -69,8 +69,8 @@ class Actor:
     def image(self, id: str, request: dict[str, Any], index: int) -> Image:
         seed = request["seed"] + index
         here = f"/generations/{id}/images/{index}"
-        self.store.put(f"{id}/{index}.{request['image_format']}", png(seed))
-        self.store.put(f"{id}/{index}.heatmap.png", png(0))
+        self.store.put(image_key(id, index, SHA256, request["image_format"]), png(seed))
+        self.store.put(image_key(id, index, SHA256, "heatmap.png"), png(0))
         acts = request["safety"]["level"] != "off"
         asked_for_map = acts and request["safety"]["telemetry"] == "heatmap"
         is_unsafe = "unsafe" in request["prompt"].split() and index == 0
@@ -91,7 +91,7 @@ class Actor:
             width=CARD.width,
             height=CARD.height,
             url=None if is_unsafe else here,
-            sha256="5a1ad",
+            sha256=SHA256,
             media_type=f"image/{request['image_format']}",
             blocked=blocked if is_unsafe else None,
             safety=ImageSafety(
