@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 N ?= 300
 EXTRAS := service,worker,local,cli
 TOOLS := $(VENV)/.tools
-TOOL_EXTRAS := $(EXTRAS),playground,dev,docs
+TOOL_EXTRAS := $(EXTRAS),playground,otel,docs,dev
 
 .DEFAULT_GOAL := help
 .PHONY: help run playground test check chaos bench openapi evaluate-embedded model clean docs docs-pictures

@@ -124,7 +124,7 @@ class Turns:
             Execution.from_composite_key("%s:", self.connection).key.rstrip(":"),
             SHARE.format(_literal(model), "%s"),
         ]
-        lease = [execution.id, worker, lease_s, REGISTERED_S]
+        lease: list[str | int] = [execution.id, worker, lease_s, REGISTERED_S]
         while taken := self._claim(
             [*keys, execution.worker_executions_key], [*names, *lease, *PRIORITIES]
         ):

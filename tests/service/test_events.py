@@ -18,9 +18,9 @@ from rq import get_current_job
 from safelatent import events
 from safelatent.events import News
 from safelatent.schema import Image, ImageSafety, Progress
-from safelatent.store import Store
+from safelatent.store import Store, image_key
 from service import watching
-from tests.service.played import result, work
+from tests.service.played import SHA256, result, work
 
 STREAM = {"Accept": "text/event-stream"}
 
@@ -64,7 +64,15 @@ def publish(connection: Redis, id: str, step: int) -> None:
 
 PROGRESS = Progress(step=9, steps=9)
 IMAGES = [
-    Image(index=i, seed=i, width=64, height=32, safety=ImageSafety(applied=True), url=f"/{i}")
+    Image(
+        index=i,
+        seed=i,
+        width=64,
+        height=32,
+        safety=ImageSafety(applied=True),
+        url=f"/{i}",
+        sha256=SHA256,
+    )
     for i in range(8)
 ]
 
@@ -138,7 +146,7 @@ def test_its_start_and_each_image_are_told_and_an_image_can_be_fetched_at_once(
             assert (event, data) == ("started", {"started_at": at.isoformat()[:-6] + "Z"})
             here = f"/generations/{id}/images/0"
             assert http.get(here).json()["type"] == "/problems/not-finished"
-            Store(f"file://{store}").put(f"{id}/0.png", b"pixels")
+            Store(f"file://{store}").put(image_key(id, 0, SHA256, "png"), b"pixels")
             image = IMAGES[0].model_copy(update={"url": here, "media_type": "image/png"})
             events.publish_image(connection, id, image, 60)
             event, data, seen = next(told)
@@ -185,7 +193,7 @@ def test_the_images_of_what_is_cancelled_stay(
 ) -> None:
     def stop(version: int, request: dict[str, Any]) -> dict[str, Any]:
         id = get_current_job().id  # type: ignore[union-attr]
-        Store(f"file://{store}").put(f"{id}/0.png", b"pixels")
+        Store(f"file://{store}").put(image_key(id, 0, SHA256, "png"), b"pixels")
         image = IMAGES[0].model_copy(update={"media_type": "image/png"})
         events.publish_image(connection, id, image, 60)
         raise RuntimeError

@@ -30,10 +30,10 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from safelatent.jobs import Jobs
-from safelatent.store import Store
+from safelatent.store import Store, image_key
 from service.app import create_app
 from service.settings import Settings
-from tests.service.played import CARD, result, serving, work
+from tests.service.played import CARD, SHA256, result, serving, work
 
 CHECKS = [
     not_a_server_error,
@@ -65,7 +65,7 @@ def service(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         Jobs(connection).announce("played", CARD, ttl_s=3600)
         here = httpx.post(f"{url}/generate", json={"prompt": "a cat"}, timeout=60).headers
         id = here["location"].split("/")[2]
-        Store(store_url).put(f"{id}/0.png", Path("docs/levels.png").read_bytes())
+        Store(store_url).put(image_key(id, 0, SHA256, "png"), Path("docs/levels.png").read_bytes())
         work(connection, result)
 
         def play() -> None:

@@ -19,12 +19,12 @@ import uvicorn
 from pydantic import ValidationError
 from redis import Redis
 
-from safelatent.store import Store
+from safelatent.store import Store, image_key
 from service import body, protocol
 from service.__main__ import configured
 from service.app import create_app
 from service.settings import Settings
-from tests.service.played import result, serving, work
+from tests.service.played import SHA256, result, serving, work
 
 CAT = {"prompt": "a cat"}
 
@@ -49,7 +49,7 @@ def test_a_405_says_which_methods_there_are(
 def test_head_is_get_without_the_body(http: httpx.Client, connection: Redis, store: Path) -> None:
     here = http.post("/generate", json=CAT).headers["location"]
     work(connection, result)
-    Store(f"file://{store}").put(f"{here.split('/')[2]}/0.png", b"pixels")
+    Store(f"file://{store}").put(image_key(here.split("/")[2], 0, SHA256, "png"), b"pixels")
     for path in (here, f"{here}/images/0", "/generations", "/models", "/healthz", "/v1/models"):
         head, got = http.head(path), http.get(path)
         assert (head.status_code, head.content) == (200, b"")
