@@ -118,7 +118,7 @@ def ask_all(
                 ],
             )
             for group, levels in GROUPS.items()
-            for n, entry in enumerate(prompts[group])
+            for n, entry in enumerate(prompts.get(group, []))
         ]
         total = seeds * sum(len(futures) for _, _, futures in asked)
         try:
@@ -174,6 +174,7 @@ def evaluate(
             tallies[group, lower].unsafe, tallies[group, higher].unsafe
         )
         for group in ("context", "explicit")
+        if group in prompts
         for lower, higher in pairwise(LEVELS)
     }
     if any(truths) and not all(truths):
@@ -214,16 +215,18 @@ def main() -> None:
     parser.add_argument("--url", default=None, help="the service; default SAFELATENT_URL")
     parser.add_argument("--seeds", type=int, default=10, help="pictures a prompt and level")
     parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--out", type=Path, default=Path(".safelatent/evaluation"))
     arguments = parser.parse_args()
-    prompts = json.loads((MODEL / "prompts.json").read_text())
+    every = json.loads((MODEL / "prompts.json").read_text())
+    prompts = {group: every[group] for group in arguments.groups}
     with Client(arguments.url) as client:
         result, sheet = evaluate(client, prompts, arguments.seeds, arguments.steps)
     arguments.out.mkdir(parents=True, exist_ok=True)
     name = f"embedded_{arguments.steps}"
     (arguments.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     (arguments.out / f"{name}.md").write_text(table(result) + "\n")
-    for scale in (1, 4):
+    for scale in (1, 4) if "context" in prompts else ():
         save_sheet(sheet, arguments.out / f"{name}_{scale}x.png", scale)
     print(table(result))
 
