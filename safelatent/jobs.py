@@ -15,7 +15,7 @@ from redis import Redis
 from redis.exceptions import RedisError
 from rq import Retry
 from rq.command import send_stop_execution_command
-from rq.exceptions import DeserializationError, InvalidJobOperation, NoSuchJobError
+from rq.exceptions import DeserializationError, InvalidJobOperation
 from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
 from rq.utils import str_to_date
@@ -344,9 +344,11 @@ class Jobs:
         unknown = errors.NotFound(f"there is no generation {id!r}, or it has expired")
         try:
             job = SafeJob.fetch(id, self.connection, serializer=JSONSerializer)
-        except (NoSuchJobError, ValueError, KeyError) as error:
+        except RedisError:
+            raise
+        except Exception as error:  # there is none, or it is forged
             raise unknown from error
-        if tenant not in (None, job.meta.get("tenant")):
+        if not isinstance(job.meta, dict) or tenant not in (None, job.meta.get("tenant")):
             raise unknown
         return job  # type: ignore[return-value]
 
@@ -354,6 +356,8 @@ class Jobs:
         try:
             place_of(job.origin)
             request = GenerationRequest.model_validate(job.kwargs["request"])
+            policy = job.meta.get("policy")
+            policy = policy and PolicyApplied.model_validate(policy)
         except (DeserializationError, ValueError, KeyError, TypeError) as error:  # forged
             raise errors.NotFound(f"job {job.id!r} is no generation") from error
         status = STATUS.get(job.get_status(refresh=False), Status.QUEUED)
@@ -364,7 +368,7 @@ class Jobs:
             started_at=job.started_at,
             finished_at=job.ended_at if status.is_terminal else None,
             request=request,
-            policy=job.meta.get("policy"),
+            policy=policy,
         )
         if request.webhook is not None:
             generation.webhook = deliveries.delivery(self.connection, job.id, request.webhook)

@@ -3,9 +3,10 @@
 Source: Schramowski et al., "Safe Latent Diffusion", CVPR 2023 (arXiv 2211.05105). Data only.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 Level = Literal["off", "weak", "medium", "strong", "max", "custom"]
 
@@ -17,20 +18,30 @@ CONCEPT = (
 """The paper's concept text, without the words "an image showing" that diffusers puts before it."""
 
 
+def _is_a_number(value: Any) -> Any:
+    if isinstance(value, bool | str | bytes):
+        raise PydanticCustomError("number", "should be a number, not text or a truth value")
+    return value
+
+
+Number = BeforeValidator(_is_a_number)
+"""pydantic would read true as 1 and "2" as 2; 2.0 is 2 in JSON, too."""
+
+
 class SafetyParameters(BaseModel):
     """The five hyper-parameters of SLD, named as in diffusers without the prefix `sld_`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    guidance_scale: Annotated[float, Field(gt=1, le=100_000)]
+    guidance_scale: Annotated[float, Field(gt=1, le=100_000), Number]
     """s_S of equation 6. Up to 1 it switches SLD off in the reference; say level `off` instead."""
-    warmup_steps: Annotated[int, Field(ge=0, le=2_000)]
+    warmup_steps: Annotated[int, Field(ge=0, le=2_000), Number]
     """delta: the first denoiser calls, in which the guidance is left alone."""
-    threshold: Annotated[float, Field(ge=-10, le=10)]
+    threshold: Annotated[float, Field(ge=-10, le=10), Number]
     """lambda of equation 5: an element is active where eps(prompt) - eps(concept) < lambda."""
-    momentum_scale: Annotated[float, Field(ge=0, le=1)]
+    momentum_scale: Annotated[float, Field(ge=0, le=1), Number]
     """s_m of equation 7."""
-    mom_beta: Annotated[float, Field(ge=0, le=1)]
+    mom_beta: Annotated[float, Field(ge=0, le=1), Number]
     """beta_m of equation 8."""
 
 
@@ -90,9 +101,14 @@ def why_it_cannot_act(
             f"steps above {parameters.warmup_steps}, a level with a shorter warm-up, or level 'off'"
         )
     for concept in concepts:
-        if concept.strip() == negative_prompt.strip():
+        if _as_read(concept) == _as_read(negative_prompt):
             return (
                 f"the concept {concept!r} is also the negative prompt, so its direction is zero: "
                 "drop one of the two, or choose level 'off'"
             )
     return None
+
+
+def _as_read(text: str) -> str:
+    """Text as CLIP's tokenizer reads it: spaces and case are nothing to it."""
+    return " ".join(text.split()).lower()

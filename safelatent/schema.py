@@ -18,7 +18,14 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from safelatent.safety import CONCEPT, LEVELS, Level, SafetyParameters, why_it_cannot_act
+from safelatent.safety import (
+    CONCEPT,
+    LEVELS,
+    Level,
+    Number,
+    SafetyParameters,
+    why_it_cannot_act,
+)
 
 SCHEMA_VERSION = 1
 
@@ -44,7 +51,7 @@ Scheduler = Literal[
 Priority = Literal["high", "normal", "low"]
 ImageFormat = Literal["png", "webp", "jpeg"]
 Telemetry = Literal["none", "summary", "steps", "heatmap"]
-Size = Annotated[int, Field(ge=8, le=MAX_SIZE)]
+Size = Annotated[int, Field(ge=8, le=MAX_SIZE), Number]
 
 
 class Status(StrEnum):
@@ -114,21 +121,21 @@ class GenerationRequest(_Request):
     negative_prompt: Annotated[str, StringConstraints(max_length=MAX_TEXT)] = ""
     model: Annotated[str, StringConstraints(min_length=1, max_length=200)] | None = None
     """Model id as listed by `GET /models`; null is the service's default."""
-    n: Annotated[int, Field(ge=1, le=MAX_IMAGES)] = 1
-    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_IMAGES), Number] = 1
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1), Number] | None = None
     """Null draws one; the answer's `request` says which."""
     width: Size | None = None
     """Pixels, a multiple of the VAE's factor; null is the model's native size."""
     height: Size | None = None
-    steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] = 50
-    guidance_scale: Annotated[float, Field(ge=0, le=100)] = 7.5
+    steps: Annotated[int, Field(ge=1, le=MAX_STEPS), Number] = 50
+    guidance_scale: Annotated[float, Field(ge=0, le=100), Number] = 7.5
     """Classifier-free guidance; up to 1 only the prompt is followed, and SLD cannot act."""
     scheduler: Scheduler | None = None
     """Null is the one that the checkpoint names."""
     safety: SafetyRequest = Field(default_factory=SafetyRequest)
     image_format: ImageFormat = "png"
     priority: Priority = "normal"
-    deadline_s: Annotated[float, Field(gt=0, le=86_400)] | None = None
+    deadline_s: Annotated[float, Field(gt=0, le=86_400), Number] | None = None
     """Not started within this many seconds, the generation fails and costs nothing."""
     metadata: dict[Annotated[str, StringConstraints(max_length=200)], str | int | float | bool] = (
         Field(default_factory=dict)
@@ -153,7 +160,10 @@ class GenerationRequest(_Request):
     @field_validator("metadata")
     @classmethod
     def _is_small(cls, metadata: dict[str, Any]) -> dict[str, Any]:
-        size = sum(len(f"{key}{value}".encode()) for key, value in metadata.items())
+        try:
+            size = sum(len(f"{key}{value}".encode()) for key, value in metadata.items())
+        except UnicodeEncodeError as error:
+            raise PydanticCustomError("string_unicode", "should be valid Unicode") from error
         if size > MAX_METADATA_BYTES:
             text = f"metadata has {size} bytes: {MAX_METADATA_BYTES} at most"
             raise PydanticCustomError("too_large", text)

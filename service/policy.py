@@ -31,7 +31,7 @@ from pydantic import (
 
 from safelatent import errors, webhooks
 from safelatent.jobs import KEPT_S
-from safelatent.safety import CONCEPT, LEVELS, Level, SafetyParameters
+from safelatent.safety import CONCEPT, LEVELS, Level, SafetyParameters, denoiser_calls
 from safelatent.schema import (
     MAX_IMAGES,
     MAX_SIZE,
@@ -159,7 +159,7 @@ def load(path: Path) -> tuple[Policy, str]:
         policy = Policy.model_validate(tomllib.loads(content.decode()))
     except OSError as error:
         raise UnusablePolicy(f"cannot read the policy file {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UnusablePolicy(f"{path} is not TOML: {error}") from error
     except ValidationError as error:
         first = error.errors()[0]
@@ -182,6 +182,7 @@ def tighten(
     safety = request.safety
     short = _shortfalls(safety, tenant)
     if not short:
+        _refuse_long_warmup(request)
         return request, applied
     if tenant.below_floor == "refuse":
         first = short[0]
@@ -199,11 +200,28 @@ def tighten(
     # Validated anew: what was lifted must be able to act, like any other request.
     fields = request.model_dump() | {"safety": raised.model_dump()}
     try:
-        return GenerationRequest.model_validate(fields), applied
+        request = GenerationRequest.model_validate(fields)
     except ValidationError as error:
         message = f"as your policy raises it, {error.errors()[0]['msg']}"
         wrong = FieldError(field="safety.level", value=safety.level, message=message)
         raise errors.SafetyCannotAct(f"safety.level: {message}", errors=[wrong]) from error
+    _refuse_long_warmup(request)
+    return request, applied
+
+
+def _refuse_long_warmup(request: GenerationRequest) -> None:
+    """Under a floor half of the denoiser's calls must be guided, or few steps would get around it:
+    of 11, `medium` guides one."""
+    parameters = request.safety.effective_parameters()
+    calls = denoiser_calls(request.scheduler, request.steps)
+    if parameters and 2 * parameters.warmup_steps > calls:
+        message = (
+            f"safety level {request.safety.level} has a warm-up of {parameters.warmup_steps} "
+            f"denoiser calls, and your policy asks that it covers no more than half of them "
+            f"(here {calls}): choose more steps or a level with a shorter warm-up"
+        )
+        wrong = FieldError(field="steps", value=request.steps, message=message)
+        raise errors.Forbidden(f"steps is {request.steps}: {message}", errors=[wrong])
 
 
 def _refuse_excess(request: GenerationRequest, tenant: Tenant) -> None:
@@ -275,7 +293,8 @@ def _is_stricter(a: SafetyParameters, b: SafetyParameters) -> bool:
         and a.warmup_steps <= b.warmup_steps
         and a.threshold >= b.threshold
         and a.momentum_scale >= b.momentum_scale
-        and a.mom_beta >= b.mom_beta
+        # Near 1 the momentum never builds up, which is weaker again.
+        and b.mom_beta <= a.mom_beta <= max(b.mom_beta, LEVELS["max"].mom_beta)
     )
 
 

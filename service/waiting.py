@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import redis.asyncio
 from redis.exceptions import RedisError
 from starlette.concurrency import run_in_threadpool
+from starlette.types import Receive
 
 from safelatent import events
 from safelatent.errors import QueueUnavailable
@@ -44,6 +45,11 @@ def prefers_cancel(prefer: list[str]) -> bool:
 def _preferences(prefer: list[str]) -> Iterator[str]:
     for preference in ",".join(prefer).split(","):
         yield preference.split(";")[0].strip()
+
+
+async def _hung_up(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass  # the body, which is read or was not wanted
 
 
 @dataclass(eq=False)
@@ -109,6 +115,19 @@ class Waiting:
                 with suppress(TimeoutError):
                     await asyncio.wait_for(mailbox.finished.wait(), min(left, self.look_every_s))
         return generation
+
+    async def hold(
+        self, generation: Generation, tenant: str, seconds: float, receive: Receive
+    ) -> Generation | None:
+        """As `until_final`, but for no longer than the caller does: None once it has hung up."""
+        end = asyncio.ensure_future(self.until_final(generation, tenant, seconds))
+        gone = asyncio.ensure_future(_hung_up(receive))
+        try:
+            await asyncio.wait((end, gone), return_when=asyncio.FIRST_COMPLETED)
+            return end.result() if end.done() else None
+        finally:
+            end.cancel()
+            gone.cancel()
 
     def release(self) -> None:
         """Let every request that waits answer now: the process is about to end."""

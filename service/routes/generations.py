@@ -1,6 +1,5 @@
 """Generations over HTTP: ask for one, look at it, fetch its images, cancel it."""
 
-import asyncio
 import hashlib
 import json
 import secrets
@@ -174,12 +173,19 @@ async def generate(
     if image_format := accept.IMAGES.get(media_type):
         asked = asked.model_copy(update={"image_format": image_format})
     generation = await run_in_threadpool(submit, asked, parts, caller, response.headers, key)
+    if image_format not in (None, generation.request.image_format):
+        raise errors.NotAcceptable(
+            f"Accept asks for {media_type}, and the generation of this Idempotency-Key is in "
+            f"{generation.request.image_format}"
+        )
     if media_type == accept.EVENT_STREAM:
         cancels = prefers_cancel(request.headers.getlist("prefer"))
         answer = await watch(parts.waiting, generation, caller.tenant, cancels=cancels)
         answer.headers.update(response.headers)
         answer.headers["Location"] = f"/generations/{generation.id}"
         answer.headers["Vary"] = NEGOTIATED
+        if cancels:
+            answer.headers["Preference-Applied"] = CANCEL
         return answer
     response.headers["Location"] = f"/generations/{generation.id}"
     generation = await _hold(generation, request, response, parts, caller)
@@ -312,19 +318,13 @@ async def _hold(
     if wait_s is None:
         return generation
     response.headers["Preference-Applied"] = f"wait={wait_s}"
-    end = asyncio.ensure_future(parts.waiting.until_final(generation, caller.tenant, wait_s))
-    if request.method != "POST" or not prefers_cancel(prefer):
-        return await end
-    response.headers["Preference-Applied"] += f", {CANCEL}"
-    gone = asyncio.ensure_future(request.receive())  # the body is read: what follows is the end
-    try:
-        await asyncio.wait((end, gone), return_when=asyncio.FIRST_COMPLETED)
-        if end.done():
-            return end.result()
+    cancels = request.method == "POST" and prefers_cancel(prefer)
+    if cancels:
+        response.headers["Preference-Applied"] += f", {CANCEL}"
+    held = await parts.waiting.hold(generation, caller.tenant, wait_s, request.receive)
+    if held is None and cancels:
         return await run_in_threadpool(parts.jobs.cancel, generation.id, caller.tenant)
-    finally:
-        end.cancel()
-        gone.cancel()
+    return held or generation  # who has hung up reads neither
 
 
 def _media_type(asked: GenerationRequest, request: Request) -> str:

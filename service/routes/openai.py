@@ -1,6 +1,5 @@
 """OpenAI's image API over the same generations: their words in, their words out."""
 
-import asyncio
 import base64
 import json
 import re
@@ -14,6 +13,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import MutableHeaders
 
 from safelatent import errors
+from safelatent.safety import Number
 from safelatent.schema import (
     Generation,
     GenerationRequest,
@@ -64,7 +64,7 @@ class ImagesRequest(BaseModel):
     prompt: str
     model: str | None = None
     """An id of `GET /v1/models`; null is the service's default."""
-    n: int | None = None
+    n: Annotated[int, Number] | None = None
     size: str | None = None
     """`WIDTHxHEIGHT`, or `auto`: the model's native size."""
     quality: Literal["low", "medium", "high", "xhigh", "max", "standard", "hd", "auto"] | None = (
@@ -77,7 +77,7 @@ class ImagesRequest(BaseModel):
     """`auto` is safety level `medium`, `low` is `weak`; your policy may make it stricter."""
     background: Literal["auto", "opaque"] | None = None
     stream: bool | None = None
-    partial_images: Annotated[int, Field(ge=0, le=3)] | None = None
+    partial_images: Annotated[int, Field(ge=0, le=3), Number] | None = None
     """Accepted; the stream has finished images only."""
     user: str | None = None
     """Kept in `metadata`, as is `safety_identifier`."""
@@ -261,19 +261,13 @@ async def _ended(
     Hanging up cancels it, for only its caller knows of it; with a key the caller can come back.
     """
     id = generation.id
-    end = asyncio.ensure_future(parts.waiting.until_final(generation, caller.tenant, MAX_WAIT_S))
-    gone = asyncio.ensure_future(request.receive())  # the body is read: what follows is the end
-    try:
-        await asyncio.wait((end, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not end.done() and "idempotency-key" in request.headers:
-            raise errors.StillRunning(f"generation {id} goes on, and its caller is gone")
-        if not end.done():
-            await run_in_threadpool(parts.jobs.cancel, id, caller.tenant)
-            raise errors.GenerationCancelled(f"generation {id} was cancelled: its caller is gone")
-        generation = end.result()
-    finally:
-        end.cancel()
-        gone.cancel()
+    held = await parts.waiting.hold(generation, caller.tenant, MAX_WAIT_S, request.receive)
+    if held is None and "idempotency-key" in request.headers:
+        raise errors.StillRunning(f"generation {id} goes on, and its caller is gone")
+    if held is None:
+        await run_in_threadpool(parts.jobs.cancel, id, caller.tenant)
+        raise errors.GenerationCancelled(f"generation {id} was cancelled: its caller is gone")
+    generation = held
     match generation.status:
         case Status.SUCCEEDED:
             return generation

@@ -38,6 +38,9 @@ def custom(**changed: Any) -> dict[str, Any]:
         ({"seed": -1}, "seed", "greater than or equal to 0"),
         ({"seed": 2**32}, "seed", "4294967295"),
         ({"n": 9}, "n", "8"),
+        ({"n": True}, "n", "a number"),
+        ({"deadline_s": "5"}, "deadline_s", "a number"),
+        (custom(threshold=False), "safety.parameters.threshold", "a number"),
         ({"scheduler": "magic"}, "scheduler", "'ddim'"),
         ({"model": "magic"}, "model", "tiny"),
         ({"safety": {"level": "ultra"}}, "safety.level", "'medium'"),
@@ -50,6 +53,7 @@ def custom(**changed: Any) -> dict[str, Any]:
         ({"metadata": {"a": [1], "b": 1}}, "metadata.a", "text"),
         ({"metadata": {"a": float("nan")}}, "metadata.a", "finite"),
         ({"metadata": {"a": "x" * 16_000}}, "metadata", "16000 at most"),
+        ({"metadata": {"a": "\udfff"}}, "metadata", "valid Unicode"),
     ],
 )
 def test_a_wrong_field_is_named(
@@ -70,6 +74,7 @@ def test_a_wrong_field_is_named(
         ({"guidance_scale": 1}, "guidance_scale above 1"),
         ({"steps": 10}, "steps above 10"),
         ({"negative_prompt": "blood", "safety": {"concepts": ["blood "]}}, "drop one of the two"),
+        ({"negative_prompt": "BODILY fluids", "safety": {"concepts": ["bodily  fluids"]}}, "drop"),
         (custom(warmup_steps=50), "steps above 50"),
     ],
 )

@@ -144,6 +144,27 @@ def test_forged_news_and_cards_break_nobody_for_good(http: httpx.Client, connect
 
 
 @pytest.mark.parametrize(
+    ("field", "forged"),
+    [
+        ("meta", "[]"),
+        ("meta", "null"),
+        ("meta", '{"tenant": "open", "policy": 5}'),
+        ("timeout", "soon"),
+        ("created_at", "yesterday"),
+        ("data", "[]"),
+    ],
+)
+def test_a_forged_job_is_none_and_hides_no_other(
+    http: httpx.Client, connection: Redis, field: str, forged: str
+) -> None:
+    ids = [http.post("/generate", json={"prompt": "a cat"}).json()["id"] for _ in range(2)]
+    connection.hset(f"rq:job:{ids[1]}", field, forged)
+    assert [each["id"] for each in http.get("/generations").json()["data"]] == ids[:1]
+    for method, path in (("GET", ""), ("POST", "/cancel"), ("GET", "/events"), ("DELETE", "")):
+        assert http.request(method, f"/generations/{ids[1]}{path}").status_code == 404
+
+
+@pytest.mark.parametrize(
     "path",
     [
         "/generations/..%2f..%2fetc%2fpasswd",

@@ -79,6 +79,20 @@ def test_instead_of_a_blocked_image_comes_its_problem(
     assert "q16 flagged nudity" in answer.json()["detail"]
 
 
+def test_a_repeated_request_has_the_first_ones_format_or_a_406(
+    http: httpx.Client, connection: Redis
+) -> None:
+    key = {"Prefer": "wait=0", "Idempotency-Key": "k"}
+    first = http.post("/generate", json=CAT, headers=key | {"Accept": "image/webp"})
+    assert first.json()["request"]["image_format"] == "webp"
+    for accept, status in (("application/json", 202), ("image/webp", 202), ("image/png", 406)):
+        again = http.post("/generate", json=CAT, headers=key | {"Accept": accept})
+        assert again.status_code == status
+        assert status == 406 or again.json()["id"] == first.json()["id"]
+    assert "webp" in again.json()["detail"]
+    assert len(connection.keys("rq:job:*")) == 1
+
+
 def test_not_in_time_it_is_a_202(http: httpx.Client) -> None:
     headers = {"Prefer": "wait=0", "Accept": "image/png"}
     answer = http.post("/generate", json=CAT, headers=headers)

@@ -60,6 +60,7 @@ def custom(**changed: float) -> dict[str, Any]:
         (custom(threshold=0.02), "safety.level"),
         (custom(momentum_scale=0.4), "safety.level"),
         (custom(mom_beta=0.6), "safety.level"),
+        (custom(mom_beta=1), "safety.level"),
         ({"level": "max", "concepts": ["smoke"]}, "safety.concepts"),
         ({"level": "max", "concepts": [CONCEPT, "smoke"]}, "safety.concepts"),
         ({"level": "max", "checks": "report"}, "safety.checks"),
@@ -87,6 +88,21 @@ def test_what_keeps_to_the_floor_passes_unchanged() -> None:
 def test_a_lifted_request_that_could_not_act_is_refused() -> None:
     with pytest.raises(errors.SafetyCannotAct, match="warm-up"):
         passed(Tenant(floor="medium", below_floor="raise"), steps=5, safety={"level": "off"})
+
+
+@pytest.mark.parametrize("below_floor", ["refuse", "raise"])
+def test_few_steps_are_no_way_around_a_floor(below_floor: Any) -> None:
+    """The warm-up of `medium` is 10 calls: of 19 it would leave no half to be guided."""
+    tenant = Tenant(floor="medium", below_floor=below_floor)
+    with pytest.raises(errors.Forbidden, match="steps is 19.*more steps") as refused:
+        passed(tenant, steps=19)
+    assert [each.field for each in refused.value.problem.errors] == ["steps"]
+    passed(tenant, steps=20)
+    passed(tenant, steps=11, scheduler="heun")
+    passed(tenant, steps=1, safety={"level": "max"})
+    with pytest.raises(errors.Forbidden):
+        passed(tenant, steps=19, safety={"level": "off"})
+    passed(Tenant(), steps=11)
 
 
 @pytest.mark.parametrize(
