@@ -17,7 +17,8 @@ DUE = "safelatent:webhooks:due"
 STATE = "safelatent:webhook:{}"
 """A hash: how far the delivery of a generation has come."""
 OUTCOMES = "safelatent:webhooks:outcomes"
-"""A hash that counts attempts: `delivered`, `retried` and `failed`."""
+"""A hash that counts attempts, by their outcome."""
+ATTEMPT_OUTCOMES = ("delivered", "retried", "failed")
 
 LOOK_S = 30
 """How often what is owed is looked at although nobody said that it has ended."""

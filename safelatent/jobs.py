@@ -5,6 +5,7 @@ of the queues, and what may stand in them, are in `queues`.
 """
 
 import hashlib
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -22,7 +23,7 @@ from rq.utils import str_to_date
 
 from safelatent import deliveries, errors, events
 from safelatent.forecast import Pace
-from safelatent.queues import TASK, SafeJob, SafeQueue, place_of, queue
+from safelatent.queues import PARKED_COUNTS, TASK, SafeJob, SafeQueue, place_of, queue
 from safelatent.schema import (
     SCHEMA_VERSION,
     Generation,
@@ -56,6 +57,9 @@ OWNED = "safelatent:owned:{}"
 ONCE = "safelatent:once:{}:{}"
 RESERVED_S = 30
 """How long an idempotency key is held for what is not queued yet: the frontend may die."""
+
+NAME, COUNT = re.compile(rb"[a-z0-9]{1,20}"), re.compile(rb"[0-9]{1,18}")
+"""What a hash of counts may have."""
 
 STATUS = {
     JobStatus.STARTED: Status.RUNNING,
@@ -322,6 +326,23 @@ class Jobs:
                 dates = [date for date in (oldest, _date(created)) if date]
                 found[model, priority] = others + count, min(dates, default=None)
         return found
+
+    def webhook_attempts(self) -> dict[str, int]:
+        """Outcome -> how many attempts at webhooks ended so."""
+        return self._counts(deliveries.OUTCOMES)
+
+    def parked(self) -> dict[str, int]:
+        """Schema version -> how often a worker that does not know it has set a job aside."""
+        return self._counts(PARKED_COUNTS)
+
+    def _counts(self, name: str) -> dict[str, int]:
+        with redis_errors():
+            found: Any = self.connection.hgetall(name)
+        return {
+            field.decode(): int(count)
+            for field, count in found.items()
+            if NAME.fullmatch(field) and COUNT.fullmatch(count)  # else it is forged
+        }
 
     def announce(self, worker: str, model: Model, ttl_s: int, pace: Pace | None = None) -> None:
         """Say that a worker process holds a warm model. Redis' own clock decides when it lapses."""

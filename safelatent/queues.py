@@ -27,6 +27,9 @@ TURNS = "safelatent:turns:{}"
 BELL = "safelatent:bell:{}"
 """Of a model: a list that grows by an entry for each job that is queued, to wake a worker."""
 RINGS = 64
+PARKED_COUNTS = "safelatent:parked"
+"""A hash that counts, by schema version, how often a worker that does not know it has met a job of
+it and set it aside."""
 
 
 class SafeJob(Job):

@@ -5,6 +5,7 @@ scraped by itself; what it reads from Redis is the same at all of them.
 """
 
 import time
+from collections import Counter as Counts
 from collections.abc import Iterator
 
 from prometheus_client import (
@@ -14,9 +15,10 @@ from prometheus_client import (
     Histogram,
     disable_created_metrics,
 )
-from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from safelatent.bounded import Bounded
+from safelatent.deliveries import ATTEMPT_OUTCOMES
 from safelatent.errors import QueueUnavailable
 from safelatent.jobs import Jobs
 
@@ -25,6 +27,8 @@ disable_created_metrics()  # type: ignore[no-untyped-call]
 MODELS = 50
 TENANTS = 50
 """Values of a label; whatever is beyond them is counted as "other"."""
+VERSIONS = 10
+"""The same, of schema versions."""
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
@@ -77,12 +81,13 @@ class Backlog:
     def __init__(self, jobs: Jobs, model: Bounded):
         self.jobs = jobs
         self.model = model
+        self.version = Bounded(VERSIONS)
 
     def describe(self) -> list[Metric]:
         return list(self._families().values())
 
-    def _families(self) -> dict[str, GaugeMetricFamily]:
-        return {
+    def _families(self) -> dict[str, GaugeMetricFamily | CounterMetricFamily]:
+        gauges = {
             name: GaugeMetricFamily(f"safelatent_{name}", said, labels=labels)
             for name, said, labels in (
                 ("redis_up", "1 while Redis answers this frontend, else 0.", []),
@@ -96,12 +101,30 @@ class Backlog:
                 ("slots", "Generations that these workers can take at once.", ["model"]),
             )
         }
+        counters = {
+            name: CounterMetricFamily(f"safelatent_{name}", said, labels=labels)
+            for name, said, labels in (
+                (
+                    "webhook_attempts",
+                    "Calls of webhooks by what became of them: delivered, retried or failed.",
+                    ["outcome"],
+                ),
+                (
+                    "parked_generations",
+                    "Times that a worker set a generation aside whose schema version it does not "
+                    "know.",
+                    ["version"],
+                ),
+            )
+        }
+        return gauges | counters
 
     def collect(self) -> Iterator[Metric]:
         families = self._families()
         try:
             backlog, workers = self.jobs.backlog(), self.jobs.loaded()
             slots = self.jobs.slots()
+            attempts, parked = self.jobs.webhook_attempts(), self.jobs.parked()
         except QueueUnavailable:
             families["redis_up"].add_metric([], 0)
             yield families["redis_up"]
@@ -116,4 +139,11 @@ class Backlog:
         for name, counts in (("workers", workers), ("slots", slots)):
             for model, count in counts.items():
                 families[name].add_metric([self.model(model)], count)
+        for outcome in ATTEMPT_OUTCOMES:  # from 0, so that the first one is seen as a rise
+            families["webhook_attempts"].add_metric([outcome], attempts.get(outcome, 0))
+        by_version: Counts[str] = Counts()
+        for version, count in parked.items():
+            by_version[self.version(version)] += count
+        for version, count in by_version.items():
+            families["parked_generations"].add_metric([version], count)
         yield from families.values()

@@ -21,7 +21,7 @@ from rq.registry import StartedJobRegistry
 from rq.utils import parse_composite_key
 from rq.worker_registration import REDIS_WORKER_KEYS, WORKERS_BY_QUEUE_KEY
 
-from safelatent.queues import SafeQueue, place_of
+from safelatent.queues import PARKED_COUNTS, SafeQueue, place_of
 from safelatent.turns import WORKERS
 
 ATTEMPTS = "safelatent:attempts:{}"
@@ -29,8 +29,6 @@ ATTEMPTS = "safelatent:attempts:{}"
 
 PARKED = "safelatent:parked:{}:{}"
 """Of a model: jobs of a schema version that nobody here knows yet."""
-PARKED_COUNTS = "safelatent:parked"
-"""How often a job of a schema version was met by a worker that does not know it."""
 
 LEASE_S = 10
 

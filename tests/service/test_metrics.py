@@ -10,8 +10,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from redis import Redis
 
 from safelatent.bounded import Bounded
+from safelatent.deliveries import OUTCOMES, Owed
 from safelatent.forecast import Pace
 from safelatent.jobs import Jobs
+from safelatent.queues import PARKED_COUNTS
 from service.app import create_app
 from service.settings import Settings
 from tests.conftest import RedisServer
@@ -86,6 +88,24 @@ def test_a_forged_job_does_not_break_the_scrape(http: httpx.Client, connection: 
     here = http.post("/generate", json={"prompt": "a cat"}).headers["location"]
     connection.hset(f"rq:job:{here.rsplit('/', 1)[1]}", "created_at", "yesterday")
     assert value(http, "safelatent_queue_jobs", priority="normal") == 1
+
+
+def test_webhooks_and_parked_jobs_are_counted_in_redis_for_all(
+    http: httpx.Client, connection: Redis
+) -> None:
+    assert value(http, "safelatent_webhook_attempts_total", outcome="failed") == 0
+    for outcome in ("delivered", "retried", "retried"):
+        Owed(connection).count(outcome)
+    connection.hset(OUTCOMES, "secret/forged", "5")
+    connection.hset(PARKED_COUNTS, mapping={"2": 3, "odd": "many"})
+    connection.hset(PARKED_COUNTS, mapping={str(version): 1 for version in range(100, 200)})
+    assert value(http, "safelatent_webhook_attempts_total", outcome="retried") == 2
+    parked = {
+        labels["version"]: count
+        for labels, count in samples(http)["safelatent_parked_generations_total"]
+    }
+    assert parked["2"] == 3 and len(parked) == 11 and sum(parked.values()) == 103
+    assert "secret" not in http.get("/metrics").text
 
 
 def test_without_redis_the_scrape_still_answers(own_redis: RedisServer, tmp_path: Path) -> None:

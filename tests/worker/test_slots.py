@@ -24,12 +24,12 @@ from rq.webhook import Webhook
 
 from safelatent import events
 from safelatent.jobs import Jobs
-from safelatent.queues import TASK, queues
+from safelatent.queues import PARKED_COUNTS, TASK, queues
 from safelatent.schema import Generation, GenerationRequest, Status
 from safelatent.store import Store, image_key
 from tests.worker import process
 from tests.worker.running import NOTES
-from worker.leases import ATTEMPTS, LEASE_S, PARKED_COUNTS
+from worker.leases import ATTEMPTS, LEASE_S
 from worker.supervisor import POISONED
 
 PATIENCE_S = 120
