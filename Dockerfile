@@ -17,14 +17,14 @@ FROM ${BASE} AS service-venv
 WORKDIR /build
 COPY pyproject.toml constraints.txt deploy/requirements.py ./
 RUN python3 -m venv /opt/venv \
- && python3 requirements.py service > requirements.txt \
+ && python3 requirements.py service otel > requirements.txt \
  && /opt/venv/bin/pip install --no-cache-dir -r requirements.txt -c constraints.txt
 
 FROM ${CUDA_BASE} AS worker-venv
 WORKDIR /build
 COPY pyproject.toml constraints.txt deploy/requirements.py ./
 RUN python3 -m venv /opt/venv \
- && python3 requirements.py worker > requirements.txt \
+ && python3 requirements.py worker otel > requirements.txt \
  && /opt/venv/bin/pip install --no-cache-dir -r requirements.txt -c constraints.txt
 
 FROM ${BASE} AS worker-cpu-venv
@@ -33,7 +33,7 @@ ARG PIP_EXTRA_INDEX_URL
 WORKDIR /build
 COPY pyproject.toml constraints.txt deploy/requirements.py ./
 RUN python3 -m venv /opt/venv \
- && python3 requirements.py worker > requirements.txt \
+ && python3 requirements.py worker otel > requirements.txt \
  && /opt/venv/bin/pip install --no-cache-dir -r requirements.txt -c constraints.txt
 
 FROM ${BASE} AS playground-venv

@@ -26,6 +26,8 @@ def main() -> None:
     parser.add_argument("--model", default="models/emoji_scenes", help="folder of a checkpoint")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each side")
     options = parser.parse_args()
+    if unknown := set(options.names) - BENCHMARKS.keys():
+        parser.error(f"no benchmark is called {', '.join(sorted(unknown))}")
     folder = Path(".safelatent/bench")
     folder.mkdir(parents=True, exist_ok=True)
     for name in options.names:

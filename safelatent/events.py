@@ -86,6 +86,16 @@ def progress(connection: Redis, id: str) -> Progress | None:
     return Progress(step=step, steps=steps)
 
 
+def in_progress(connection: Redis) -> list[str]:
+    """Ids of which a step stands here: of those that run, and those whose end told nobody."""
+    ids: Any = connection.hkeys(PROGRESS)
+    return [id.decode() for id in ids]
+
+
+def forget_progress(connection: Redis, id: str) -> None:
+    connection.hdel(PROGRESS, id)
+
+
 def images(connection: Redis, id: str) -> list[Image]:
     """The images that a generation has so far, by their index."""
     found: Any = connection.hvals(IMAGES.format(id))

@@ -10,6 +10,7 @@ from obstore.store import LocalStore, ObjectStore, from_url
 
 from safelatent import errors
 
+ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 KEY = re.compile(r"[A-Za-z0-9_-]{1,64}/[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
@@ -64,10 +65,15 @@ class Store:
             raise errors.StoreUnavailable(f"cannot delete {id}: {error}") from error
 
     def older_than(self, seconds: float) -> Iterator[str]:
-        """Ids of the generations whose newest file is older, by the store's clock and ours."""
+        """Ids of the generations whose newest file is older, by the store's clock and ours.
+
+        A folder whose name is no generation's id is somebody else's.
+        """
         latest = datetime.now(UTC) - timedelta(seconds=seconds)
         try:
             for folder in self._store.list_with_delimiter()["common_prefixes"]:
+                if not ID.fullmatch(folder.rstrip("/")):
+                    continue
                 metas = [meta for page in self._store.list(f"{folder}/") for meta in page]
                 if all(meta["last_modified"] < latest for meta in metas):
                     yield folder.rstrip("/")

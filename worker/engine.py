@@ -159,7 +159,7 @@ class Engine:
         self.after_step = after_step
         self.before_turn: Callable[[bool], None] = lambda is_idle: None
         """Called in the engine's thread before each turn of `run`: is there no work?"""
-        self.poisoned: Poisoned | None = None
+        self.poisoned: Exception | None = None
         """Set when `run` has given up, because the device computes no more."""
         self.running: list[Image] = []
         self.waiting: list[Image] = []
@@ -181,10 +181,11 @@ class Engine:
                 continue
             try:
                 self.step()
-            except Poisoned as error:  # nobody is told: the process ends, others make the images
-                self.poisoned = error
-                return
-            except Exception as error:  # a defect: nobody may wait for ever
+            except Exception as error:
+                if isinstance(error, Poisoned) or is_poison(error):
+                    self.poisoned = error  # nobody is told: the process ends, others make them
+                    return
+                # a defect: nobody may wait for ever
                 log.exception("a step failed, and every image with it")
                 for image in self.running + self.waiting:
                     self._end(image, error)
@@ -233,9 +234,14 @@ class Engine:
             return
         started = time.monotonic()
         self.running += admitted
-        self._encode({text for image in admitted for text in _texts(image.spec)})
+        try:
+            self._encode({text for image in admitted for text in _texts(image.spec)})
+        except Exception as error:
+            self._judge(error)
+            log.warning("%d images cannot be encoded together: %s", len(admitted), error)
         for image in admitted:
             try:
+                self._encode(set(_texts(image.spec)))  # what is missing still
                 self._prepare(image)
             except Exception as error:
                 self._judge(error)

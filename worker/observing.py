@@ -56,7 +56,11 @@ class Observer:
             if self._step_began is None:
                 self._step_began = time.perf_counter()
             rows.observe(len(latents))
-            return predict(latents, *rest)
+            try:
+                return predict(latents, *rest)
+            except Exception:
+                self._step_began = None  # the step may have no end, and the next one's is far off
+                raise
 
         after_step = engine.after_step
 

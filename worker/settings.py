@@ -72,9 +72,17 @@ class Settings(BaseSettings):
         return dtype
 
     def torch_device(self) -> torch.device:
+        """The device; UnusableModel when it is none, or not here."""
         import torch
 
-        return torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        from worker.families import UnusableModel
+
+        name = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            return torch.empty(0, device=name).device
+        except (RuntimeError, AssertionError) as error:
+            said = str(error).splitlines()[0]
+            raise UnusableModel(f"SAFELATENT_DEVICE: {name!r} cannot be used: {said}") from error
 
     def torch_dtype(self) -> torch.dtype:
         import torch
@@ -90,6 +98,7 @@ def read() -> Settings | None:
         return Settings()  # type: ignore[call-arg]
     except ValidationError as error:
         for wrong in error.errors():
-            name = "_".join(map(str, wrong["loc"])).upper()
-            print(f"safelatent worker: setting {name}: {wrong['msg']}", file=sys.stderr)
+            name = str(wrong["loc"][0])
+            name = name if name.isupper() else f"SAFELATENT_{name.upper()}"
+            print(f"safelatent worker: {name}: {wrong['msg']}", file=sys.stderr)
         return None

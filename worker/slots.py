@@ -309,8 +309,8 @@ class Slots:
             except RedisError as error:
                 log.warning("beat: Redis does not answer: %s", error)
                 may_sweep_at = time.monotonic() + leases.LEASE_S
-            except ServiceError as error:
-                log.warning("beat: %s", error)
+            except Exception:  # whoever forges what a sweep reads must not end the leases
+                log.exception("the beat met a defect, and goes on")
             self._stopping.wait(BEAT_S)
         self._withdraw()
 
@@ -349,14 +349,21 @@ class Slots:
             leases.unpark(self.connection, self.model.id, SCHEMA_VERSION)
             self.desk.jobs.turns.tidy(self.model.id)
         if self.connection.set(STORE_SWEEP_LOCK, self.name, nx=True, ex=STORE_SWEEP_S):
-            self._sweep_store()
+            # A large store takes minutes to list, and a lease does not wait for it.
+            threading.Thread(target=self._sweep_store, name="store-sweep", daemon=True).start()
 
     def _sweep_store(self) -> None:
         """Remove what generations have left that are no more: expired, deleted or lost."""
-        for id in self.desk.store.older_than(TIMEOUT_S):
-            if not self.connection.exists(Job.key_for(id)):
-                log.info("the store still had files of generation %s, which is gone", id)
-                self.desk.store.delete(id)
+        try:
+            for id in self.desk.store.older_than(TIMEOUT_S):
+                if not self.connection.exists(Job.key_for(id)):
+                    log.info("the store still had files of generation %s, which is gone", id)
+                    self.desk.store.delete(id)
+            for id in events.in_progress(self.connection):
+                if not self.connection.exists(Job.key_for(id)):
+                    events.forget_progress(self.connection, id)
+        except (RedisError, ServiceError) as error:
+            log.warning("the store is swept again in %d s: %s", STORE_SWEEP_S, error)
 
 
 class ProgressReporter:

@@ -344,7 +344,7 @@ class Turns:
     @contextmanager
     def together(self) -> Iterator[None]:
         with self._changed:
-            self._changed.wait_for(lambda: not self._suspects)
+            self._wait(lambda: not self._suspects)
             self._together += 1
         try:
             yield
@@ -357,15 +357,23 @@ class Turns:
     def alone(self) -> Iterator[None]:
         with self._changed:
             self._suspects += 1
-            self._changed.wait_for(lambda: not self._together and not self._is_alone)
-            self._is_alone = True
+        is_alone = False
         try:
+            with self._changed:
+                self._wait(lambda: not self._together and not self._is_alone)
+                is_alone = self._is_alone = True
             yield
         finally:
             with self._changed:
                 self._suspects -= 1
-                self._is_alone = False
+                if is_alone:
+                    self._is_alone = False
                 self._changed.notify_all()
+
+    def _wait(self, may_go: Callable[[], bool]) -> None:
+        """In short waits, so that RQ's timeout can be raised in this thread."""
+        while not may_go():
+            self._changed.wait(0.5)
 
 
 def invalid(field: str, value: Any, message: str) -> errors.InvalidRequest:

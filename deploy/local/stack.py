@@ -17,8 +17,8 @@ from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
 ROOT = Path(__file__).parents[2]
-DRAIN_S = 60
-"""How long running generations may take to end; then they are killed."""
+DRAIN_S = 75
+"""How long processes may take to end, longer than a worker's grace; then they are killed."""
 SOCKET_PATH_MAX = 100
 """Bytes; the kernel's limit for a socket's path is 107, on macOS 103."""
 

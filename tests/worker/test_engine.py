@@ -1,7 +1,9 @@
 """The running batch: nobody's image depends on the others, and no row is computed for nothing."""
 
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -256,6 +258,44 @@ def test_after_an_error_that_ends_the_device_nobody_gets_an_answer_from_it(famil
     engine.run(threading.Event())  # comes back although nobody asked it to stop
     assert "illegal memory access" in str(engine.poisoned)
     assert not any(image.future.done() for image in images)
+
+
+class Unreadable(Bent):
+    """A family that cannot encode one text."""
+
+    def __init__(self, family: StableDiffusion, text: str, error: Exception):
+        super().__init__(family)
+        self.text, self.error = text, error
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        if self.text in texts:
+            raise self.error
+        return super().encode(texts)
+
+
+def test_a_text_that_cannot_be_encoded_fails_its_own_image_alone(family):
+    engine = Engine(Unreadable(family, "a dog", KeyError("no such token")))
+    early = engine.submit(spec(seed=5))
+    engine.step()
+    made = outcomes(engine, [spec(prompt="a dog"), spec()])
+    assert isinstance(made[0], KeyError)
+    assert difference(made[1].latents, latents_alone(family, spec())) < SAME
+    assert isinstance(outcome(early), Made)
+
+
+def test_an_error_that_ends_the_device_is_known_wherever_it_comes_up(family):
+    """A GPU reports it at whatever is asked of it next."""
+    poison = RuntimeError("CUDA error: an illegal memory access was encountered")
+    engine = Engine(Bent(family))
+    engine.after_step = Mock(side_effect=poison)
+    image = engine.submit(spec())
+    engine.run(threading.Event())
+    assert engine.poisoned is poison and not image.future.done()
+
+    engine = Engine(Unreadable(family, "a cat", poison))
+    image = engine.submit(spec())
+    engine.run(threading.Event())
+    assert engine.poisoned is not None and not image.future.done()
 
 
 def test_out_of_memory_ends_nobody_and_later_calls_are_smaller(family):

@@ -16,6 +16,7 @@ from training.export import write_sums
 from worker.families import UnusableModel
 from worker.families.files import checksums, content_hash, find, licence
 from worker.process import main
+from worker.supervisor import UNUSABLE
 
 
 @pytest.fixture
@@ -194,9 +195,17 @@ def test_the_worker_ends_with_the_sentence(tmp_path):
     assert last.startswith("safelatent worker: there is no folder /nowhere")
 
 
-def test_a_wrong_setting_ends_the_worker_with_its_name(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("SAFELATENT_DTYPE", "fp8", "SAFELATENT_DTYPE: "),
+        ("SAFELATENT_DEVICE", "gpu", "SAFELATENT_DEVICE: 'gpu' cannot be used: "),
+        ("SAFELATENT_DEVICE", "xpu:3", "SAFELATENT_DEVICE: 'xpu:3' cannot be used: "),
+    ],
+)
+def test_a_wrong_setting_ends_the_worker_with_its_name(monkeypatch, capsys, name, value, said):
     monkeypatch.setenv("REDIS_URL", "unix:///none.sock")
-    monkeypatch.setenv("SAFELATENT_DTYPE", "fp8")
+    monkeypatch.setenv(name, value)
     monkeypatch.setattr("signal.signal", lambda number, handler: None)
-    assert main() != 0
-    assert "safelatent worker: setting DTYPE: " in capsys.readouterr().err
+    assert main() == UNUSABLE
+    assert f"safelatent worker: {said}" in capsys.readouterr().err

@@ -24,7 +24,7 @@ from service.app import create_app
 from service.settings import Settings
 from tests.conftest import Log
 from tests.service.played import serving
-from tests.worker.running import load, make, spec
+from tests.worker.running import Bent, load, make, outcomes, spec
 from worker import spans, tasks
 from worker.checks import Checks
 from worker.engine import Engine
@@ -123,6 +123,16 @@ def test_a_check_that_fails_is_seen_to_fail_closed(desk, monkeypatch) -> None:
     assert value(seen, "safety_failed_closed_images_total") == 1
     assert value(seen, "safety_blocked_images_total", category="check_failed", stage="output") == 1
     assert value(seen, "images_total", outcome="blocked") == 1
+
+
+def test_a_step_that_fails_does_not_last_until_the_next(family: StableDiffusion) -> None:
+    def predict(*arguments: Any) -> Any:
+        raise RuntimeError("broken on purpose")
+
+    observer, engine = Observer(), Engine(Bent(family, predict))
+    observer.watch(engine)
+    [failed] = outcomes(engine, [spec()])
+    assert isinstance(failed, RuntimeError) and observer._step_began is None
 
 
 def test_categories_and_tenants_without_number_are_other() -> None:

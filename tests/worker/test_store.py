@@ -4,15 +4,20 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from redis import Redis
 
+from safelatent import events
 from safelatent.jobs import KEPT_S, Jobs
-from safelatent.schema import GenerationRequest
+from safelatent.schema import GenerationRequest, Progress
 from safelatent.store import Store, image_key
 from worker.slots import Slots
 
@@ -56,12 +61,52 @@ def test_the_sweep_removes_what_is_gone_and_old_and_nothing_else(
 ) -> None:
     store, jobs = Store(f"file://{tmp_path}"), Jobs(connection)
     alive = jobs.submit(GenerationRequest(prompt="a cat", model="tiny", seed=1)).id
-    for id in (alive, "gone", "fresh"):
+    gone, fresh, others = str(uuid.uuid4()), str(uuid.uuid4()), "holiday"
+    for id in (alive, gone, fresh, others):
         store.put(f"{id}/0.png", b"pixels")
     long_ago = time.time() - KEPT_S - 60
-    for id in (alive, "gone"):
+    for id in (alive, gone, others):
         os.utime(tmp_path / id / "0.png", (long_ago, long_ago))
+    events.publish_steps(connection, dict.fromkeys((alive, gone), Progress(step=1, steps=2)))
+    slots(store, jobs)._sweep_store()
+    assert {folder.name for folder in tmp_path.iterdir()} == {alive, fresh, others}
+    assert events.progress(connection, alive) and not events.progress(connection, gone)
+
+
+def test_leases_wait_neither_for_a_slow_store_nor_for_a_defect(
+    connection: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swept, is_over = threading.Event(), threading.Event()
+
+    class Slow:
+        def older_than(self, seconds: float) -> Iterator[str]:
+            swept.set()
+            is_over.wait(60)
+            yield from ()
+
+    monkeypatch.setattr("worker.leases.LEASE_S", 0.01)
+    monkeypatch.setattr("worker.slots.BEAT_S", 1)
+    beating, beats = slots(Slow(), Jobs(connection)), threading.Semaphore(0)
+
+    def renew() -> None:
+        if swept.is_set():
+            beats.release()
+            raise TypeError("a defect")
+
+    monkeypatch.setattr(beating, "_renew", renew)
+    beating.start()
+    try:
+        assert swept.wait(60)
+        for _ in range(3):
+            assert beats.acquire(timeout=60)
+        assert not is_over.is_set()
+    finally:
+        is_over.set()
+        beating.join()
+
+
+def slots(store: Any, jobs: Jobs) -> Slots:
+    """Of a worker without any slot: what is left is the beat."""
     desk: Any = SimpleNamespace(store=store, jobs=jobs)
     model: Any = SimpleNamespace(id="tiny")
-    Slots(0, model, desk, "played")._sweep_store()
-    assert {folder.name for folder in tmp_path.iterdir()} == {alive, "fresh"}
+    return Slots(0, model, desk, "played")
