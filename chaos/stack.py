@@ -153,13 +153,13 @@ class Stack:
         return code
 
     def warm(self) -> int:
-        """Worker processes that hold the model now."""
-        try:
+        """Worker processes that hold the model now, and live."""
+        with suppress(RedisError):
             now, _ = self.connection.time()
-            alive: Any = self.connection.zcount("safelatent:workers", now, "+inf")
-        except RedisError:
-            return 0
-        return int(alive)
+            members: Any = self.connection.zrangebyscore("safelatent:workers", now, "+inf")
+            announced = {member.decode().split(" ")[0] for member in members}
+            return len(announced & {self._name(self.child(f"worker-{i}")) for i in (0, 1)})
+        return 0
 
     def child(self, name: str) -> int | None:
         """Process id of the process that a supervisor has started, if it lives."""
@@ -171,13 +171,19 @@ class Stack:
     def busy(self, name: str) -> tuple[int, set[str]] | None:
         """Process id and executions, `<job>:<execution>`, of a supervisor's child that has some."""
         child = self.child(name)
-        with suppress(OSError, KeyError, RedisError):
-            environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
-            of = dict(pair.split(b"=", 1) for pair in environment if b"=" in pair)[NAME.encode()]
-            keys: Any = self.connection.keys(f"rq:worker:{of.decode()}-*:executions")
+        with suppress(RedisError):
+            keys: Any = self.connection.keys(f"rq:worker:{self._name(child)}-*:executions")
             held = {one.decode() for key in keys for one in self.connection.smembers(key)}
             if child is not None and held:
                 return child, held
+        return None
+
+    def _name(self, child: int | None) -> str | None:
+        """What a supervisor's child calls itself."""
+        with suppress(OSError, KeyError):
+            environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+            pairs = dict(pair.split(b"=", 1) for pair in environment if b"=" in pair)
+            return pairs[NAME.encode()].decode()
         return None
 
     def running(self) -> set[str]:
