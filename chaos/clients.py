@@ -11,6 +11,7 @@ import json
 import random
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,34 +36,45 @@ class Told:
 
 
 class Clients:
-    """`count` of them share `n` requests among them."""
+    """`count` of them share `n` requests among them, and go on until it is `enough`."""
 
-    def __init__(self, urls: list[str], n: int, count: int, seed: int):
-        self.urls, self.count = urls, count
-        self.random = random.Random(seed)
-        self.told = []
-        for i in range(n):
-            if i % 5 == 4:  # the same as an earlier one: the same picture must come
-                body = self.random.choice(self.told).body
-            else:
-                body = {
-                    "prompt": f"a cat of kind {i}",
-                    "seed": i,
-                    "steps": self.random.choice((5, 20, 60)),
-                    "scheduler": "ddim",
-                    "safety": {"level": "max"},
-                    "n": self.random.choice((1, 1, 2)),
-                }
-            self.told.append(Told(body, WAYS[i % 3]))
+    def __init__(
+        self,
+        urls: list[str],
+        n: int,
+        count: int,
+        seed: int,
+        enough: Callable[[], bool] = lambda: True,
+    ):
+        self.urls, self.n, self.count, self.enough = urls, n, count, enough
+        self.random, self.bodies = random.Random(seed), random.Random(seed)
+        self.told: list[Told] = []
         self.done = 0
+        self.failed: list[str] = []
+        """Requests that reached a frontend and got no answer, or an error of the server's."""
+
+    def _next(self) -> Told:
+        i = len(self.told)
+        if i % 5 == 4:  # the same as an earlier one: the same picture must come
+            body = self.bodies.choice(self.told).body
+        else:
+            body = {
+                "prompt": f"a cat of kind {i}",
+                "seed": i,
+                "steps": self.bodies.choice((5, 20, 60)),
+                "scheduler": "ddim",
+                "safety": {"level": "max"},
+                "n": self.bodies.choice((1, 1, 2)),
+            }
+        self.told.append(Told(body, WAYS[i % 3]))
+        return self.told[-1]
 
     async def run(self) -> None:
-        waiting = iter(enumerate(self.told))
-
         async def client() -> None:
-            async with httpx.AsyncClient(timeout=30, trust_env=False) as http:
-                for number, told in waiting:
-                    await self._accept(http, told, f"key-{number}")
+            async with http_client() as http:
+                while len(self.told) < self.n or not self.enough():
+                    told = self._next()
+                    await self._accept(http, told, f"key-{len(self.told)}")
                     await getattr(self, f"_{told.way}")(http, told)
                     self.done += 1
 
@@ -74,12 +86,17 @@ class Clients:
             url = self.random.choice(self.urls)
             try:
                 answer = await http.request(method, url + path, **more)
-            except httpx.TransportError:
+            except httpx.ConnectError:
+                await asyncio.sleep(0.1)
+                continue
+            except httpx.TransportError as error:
+                self.failed.append(f"{method} {path}: {error!r}")
                 await asyncio.sleep(0.1)
                 continue
             if answer.status_code < 500 and answer.status_code not in (409, 429):
                 answer.raise_for_status()
                 return answer
+            self.failed.append(f"{method} {path}: {answer.status_code} {answer.text[:200]}")
             await asyncio.sleep(0.1)
 
     async def _accept(self, http: httpx.AsyncClient, told: Told, key: str) -> None:
@@ -127,24 +144,38 @@ class Clients:
             await asyncio.sleep(0.05)
 
 
-async def audit(clients: Clients) -> tuple[Counter[str], list[str]]:
-    """Counts, and what is wrong: everything is asked for once more, and must be as it was told."""
+def http_client() -> httpx.AsyncClient:
+    """A connection for each request, as a load balancer makes when a frontend goes."""
+    limits = httpx.Limits(max_keepalive_connections=0)
+    return httpx.AsyncClient(timeout=30, trust_env=False, limits=limits)
+
+
+async def audit(
+    clients: Clients, may_fail: Callable[[str, str], bool]
+) -> tuple[Counter[str], list[str]]:
+    """Counts, and what is wrong: everything is asked for once more, and must be as it was told.
+
+    `may_fail` says whether a generation, by its id, may have ended with that problem.
+    """
     counts: Counter[str] = Counter()
     wrong: list[str] = []
     pictures: dict[str, list[np.ndarray]] = {}
     ids = [told.id for told in clients.told]
     if len(set(ids)) != len(ids):
         wrong.append("two requests were given one id")
-    async with httpx.AsyncClient(timeout=30, trust_env=False) as http:
+    async with http_client() as http:
         for told in clients.told:
             final = (await clients._ask(http, "GET", f"/generations/{told.id}")).json()
             counts[final["status"]] += 1
-            if final["status"] != "succeeded":
-                wrong.append(f"{told.id} ended as {final['status']}: {final['error']}")
-                continue
             for end in told.ends:
                 if (end["status"], _shas(end)) != (final["status"], _shas(final)):
                     wrong.append(f"{told.id} ended twice")
+            if final["status"] != "succeeded":
+                problem = (final["error"] or {}).get("type", "").removeprefix("/problems/")
+                counts[problem] += 1
+                if final["status"] != "failed" or not may_fail(told.id, problem):
+                    wrong.append(f"{told.id} ended as {final['status']}: {final['error']}")
+                continue
             if told.event_ids != sorted(set(told.event_ids), key=_order):
                 wrong.append(f"{told.id}: events out of order or repeated: {told.event_ids}")
             if told.way == "stream" and not told.ends:

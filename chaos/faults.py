@@ -4,8 +4,10 @@ import asyncio
 import os
 import random
 import signal
+import sys
 import time
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import suppress
 
 from redis.exceptions import RedisError
@@ -23,85 +25,139 @@ KINDS = {
     "freeze redis": 1,
     "cut connections": 3,
     "delay connections": 2,
+    "take store away": 2,
 }
 """Each kind of fault, and how often it comes for one of the rarest."""
+KILLS = {"kill worker process": 1}
+HOSTS = {"kill supervisor": 1}
+ROLLING = {"restart worker": 1, "restart frontend": 1}
+"""No faults: what an operator does on purpose."""
+
+BUSY_S = 10
+"""How long a fault waits for a worker that has jobs."""
 
 
 class Faults:
-    """A fault after another until `stop`; counts them, and how long hand-backs took."""
+    """One after another until `stop`: each kind in turn, shuffled, as often as `kinds` has it.
 
-    def __init__(self, stack: Stack, seed: int, pause_s: float):
-        self.stack, self.pause_s = stack, pause_s
+    Whoever kills a worker waits until it holds jobs, and counts the seconds until nobody believes
+    that it holds them (`back_s`), and until each is in another's hands or has ended (`again_s`).
+    """
+
+    def __init__(self, stack: Stack, seed: int, pause_s: float, kinds: Mapping[str, int] = KINDS):
+        self.stack, self.pause_s, self.kinds = stack, pause_s, kinds
         self.random = random.Random(seed)
         self.counts: Counter[str] = Counter()
-        self.recoveries_s: dict[str, list[float]] = {"worker process": [], "supervisor": []}
+        self.back_s: dict[str, list[float]] = {"worker process": [], "supervisor": []}
+        self.again_s: dict[str, list[float]] = {"worker process": [], "supervisor": []}
+        self.hit: Counter[str] = Counter()
+        """How often a worker was killed or frozen, or the store taken away, by its jobs."""
+        self.wrong: list[str] = []
         self.watched: set[asyncio.Task[None]] = set()
 
     async def run(self, stop: asyncio.Event) -> None:
+        deck: list[str] = []
         while not stop.is_set():
             with suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), self.pause_s * self.random.uniform(0.5, 1.5))
                 return
-            [kind] = self.random.choices(list(KINDS), list(KINDS.values()))
+            if not deck:
+                deck = [kind for kind, count in self.kinds.items() for _ in range(count)]
+                self.random.shuffle(deck)
             number, seconds = self.random.randrange(2), self.random.uniform(0.5, 3)
-            if await self._do(kind, number, seconds):
-                self.counts[kind] += 1
+            if await self._do(deck[-1], number, seconds):
+                self.counts[deck.pop()] += 1
+            else:  # nobody is there to be hurt; something else meanwhile
+                deck.insert(0, deck.pop())
 
     async def _do(self, kind: str, number: int, seconds: float) -> bool:
         verb, victim = kind.split(" ", 1)
-        if victim in self.recoveries_s and self.stack.warm() < 2:
-            return False  # one worker is always there, or a slow machine would get nothing done
         if kind == "cut connections":
             self.stack.proxy.cut()
         elif kind == "delay connections":
             self.stack.proxy.may_pass.clear()
             await asyncio.sleep(seconds)
             self.stack.proxy.may_pass.set()
-        elif verb == "freeze":
-            pid = self._pid(victim, number)
-            if pid is None:
-                return False
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGSTOP)
-                # A worker longer than its lease: another does its jobs meanwhile.
-                await asyncio.sleep(13 if victim == "worker process" else seconds)
-                os.kill(pid, signal.SIGCONT)
-        elif victim == "worker process" or victim == "supervisor":
-            child = self.stack.child(f"worker-{number}")
-            if child is None:
-                return False
-            try:
-                held = self.stack.held(child)
-            except (OSError, KeyError, RedisError):
-                held = set()
-            killed_at = time.monotonic()
-            if victim == "supervisor":
-                self.stack.kill(f"worker-{number}")
-                self.stack.launch(f"worker-{number}")  # as if the host had come back
-            else:
-                os.kill(child, signal.SIGKILL)
-            if held:
-                watch = asyncio.create_task(self._await_hand_back(victim, held, killed_at))
-                self.watched.add(watch)
-                watch.add_done_callback(self.watched.discard)
+        elif kind == "take store away":
+            with self.stack.store_is_away():
+                await asyncio.sleep(seconds / 2)
+        elif victim in ("worker process", "supervisor"):
+            return await self._hurt_worker(verb, victim, number, seconds)
+        elif verb == "restart":
+            return await self._restart(victim)
         else:
             name = "redis" if victim == "redis" else f"frontend-{number}"
-            self.stack.kill(name)
-            await asyncio.sleep(seconds / 2)
-            self.stack.launch(name)
+            if verb == "freeze":
+                await self._freeze(self.stack.processes[name].pid, seconds)
+            else:
+                self.stack.kill(name)
+                await asyncio.sleep(seconds / 2)
+                self.stack.launch(name)
         return True
 
-    def _pid(self, victim: str, number: int) -> int | None:
-        if victim == "worker process":
-            return self.stack.child(f"worker-{number}")
-        name = {"supervisor": f"worker-{number}", "frontend": f"frontend-{number}"}
-        return self.stack.processes[name.get(victim, "redis")].pid
+    async def _hurt_worker(self, verb: str, victim: str, number: int, seconds: float) -> bool:
+        # One worker is always there, or a slow machine would get nothing done.
+        deadline = time.monotonic() + BUSY_S
+        while self.stack.warm() < 2 or not (found := self.stack.busy(f"worker-{number}")):
+            if time.monotonic() > deadline:
+                return False
+            number = 1 - number
+            await asyncio.sleep(0.02)
+        name, (child, held) = f"worker-{number}", found
+        if verb == "freeze":
+            # A worker longer than its lease: another does its jobs meanwhile.
+            is_worker = victim == "worker process"
+            self._count(held if is_worker else set())
+            pid = child if is_worker else self.stack.processes[name].pid
+            await self._freeze(pid, 13 if is_worker else seconds)
+            return True
+        self._count(held)
+        killed_at = time.monotonic()
+        if victim == "supervisor":
+            self.stack.kill(name)
+            self.stack.launch(name)  # as if the host had come back
+        else:
+            os.kill(child, signal.SIGKILL)
+        watch = asyncio.create_task(self._watch(victim, held, killed_at))
+        self.watched.add(watch)
+        watch.add_done_callback(self.watched.discard)
+        return True
 
-    async def _await_hand_back(self, victim: str, held: set[str], killed_at: float) -> None:
-        """Until nobody believes that the dead one holds its jobs."""
+    def _count(self, held: set[str]) -> None:
+        self.hit.update(execution.split(":")[0] for execution in held)
+
+    async def _freeze(self, pid: int, seconds: float) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGSTOP)
+            await asyncio.sleep(seconds)
+            os.kill(pid, signal.SIGCONT)
+
+    async def _restart(self, victim: str) -> bool:
+        """One of two after the other, each when the one before it works again."""
+        name = f"{victim}-{self.counts[f'restart {victim}'] % 2}"
+        if code := await self.stack.restart(name):
+            self.wrong.append(f"{name} ended with {code} when it was asked to end")
+        await self.stack.await_ready(name)
+        return True
+
+    async def _watch(self, victim: str, held: set[str], killed_at: float) -> None:
+        is_back = False
         while True:
             with suppress(RedisError):
-                if not held & self.stack.running():
-                    self.recoveries_s[victim].append(time.monotonic() - killed_at)
+                if not is_back and not held & self.stack.running():
+                    is_back = True
+                    self.back_s[victim].append(time.monotonic() - killed_at)
+                if is_back and all(self.stack.goes_on(execution) for execution in held):
+                    self.again_s[victim].append(time.monotonic() - killed_at)
+                    back, again = self.back_s[victim][-1], self.again_s[victim][-1]
+                    jobs = f"{len(held)} jobs of a killed {victim}"
+                    print(f"{jobs}: queued {back:.2f} s, at work {again:.2f} s", file=sys.stderr)
                     return
             await asyncio.sleep(0.02)
+
+    def may_fail(self, id: str, problem: str) -> bool:
+        """A generation is given up when three of its workers ended, and when the store was away
+        so often; nothing else may make one fail."""
+        if problem == "store-unavailable":
+            return self.counts["take store away"] > 0
+        return problem == "worker-crashed" and self.hit[id] >= 3

@@ -1,13 +1,15 @@
 """The stack that is hurt: Redis behind a proxy, two frontends, two supervised workers."""
 
 import asyncio
+import ctypes
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from tests.conftest import redis_server
 from worker.supervisor import NAME
 
 WARM_S = 300
+LIBC = ctypes.CDLL(None)
 
 
 class Proxy:
@@ -83,11 +86,37 @@ class Stack:
         (self.folder / "redis").mkdir()
         for name in ("redis", "frontend-0", "frontend-1", "worker-0", "worker-1"):
             self.launch(name)
+        for name in ("worker-1", "frontend-0", "frontend-1"):
+            await self.await_ready(name)
+
+    async def await_ready(self, name: str) -> None:
+        """Until both workers are warm, or a frontend takes connections."""
         deadline = time.monotonic() + WARM_S
-        while self.warm() < 2:
+        while not self._is_ready(name):
             if time.monotonic() > deadline:
-                raise TimeoutError(f"the stack does not get warm; its logs are in {self.folder}")
+                raise TimeoutError(f"{name} does not get ready; its logs are in {self.folder}")
             await asyncio.sleep(0.2)
+
+    def _is_ready(self, name: str) -> bool:
+        if name.startswith("worker"):
+            return self.warm() >= 2
+        try:
+            socket.create_connection(("127.0.0.1", self.ports[int(name[-1])])).close()
+        except OSError:
+            return False
+        return True
+
+    @contextmanager
+    def store_is_away(self) -> Iterator[None]:
+        """A file stands where the store's folder was: nothing can be written or read."""
+        store, aside = self.folder / "store", self.folder / "store.aside"
+        store.rename(aside)
+        store.touch()
+        try:
+            yield
+        finally:
+            store.unlink()
+            aside.rename(store)
 
     def launch(self, name: str) -> None:
         environment, folder = self.environment, None
@@ -103,21 +132,34 @@ class Stack:
             command = [sys.executable, "-m", "worker"]
         with (self.folder / f"{name}.log").open("a") as log:
             self.processes[name] = subprocess.Popen(
-                command, cwd=folder, env=environment, stdout=log, stderr=log
+                command,
+                cwd=folder,
+                env=environment,
+                stdout=log,
+                stderr=log,
+                preexec_fn=_die_with_us,
             )
 
     def kill(self, name: str) -> None:
         self.processes[name].kill()
         self.processes[name].wait()
 
+    async def restart(self, name: str) -> int:
+        """As a rolling update does: SIGTERM, wait, start the next; the exit code of the old."""
+        old = self.processes[name]
+        old.terminate()
+        code = await asyncio.to_thread(old.wait)
+        self.launch(name)
+        return code
+
     def warm(self) -> int:
-        """Worker processes that hold the model now."""
-        try:
+        """Worker processes that hold the model now, and live."""
+        with suppress(RedisError):
             now, _ = self.connection.time()
-            alive: Any = self.connection.zcount("safelatent:workers", now, "+inf")
-        except RedisError:
-            return 0
-        return int(alive)
+            members: Any = self.connection.zrangebyscore("safelatent:workers", now, "+inf")
+            announced = {member.decode().split(" ")[0] for member in members}
+            return len(announced & {self._name(self.child(f"worker-{i}")) for i in (0, 1)})
+        return 0
 
     def child(self, name: str) -> int | None:
         """Process id of the process that a supervisor has started, if it lives."""
@@ -126,17 +168,35 @@ class Stack:
             return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
         return None
 
-    def held(self, child: int) -> set[str]:
-        """Executions of a child, `<job>:<execution>`."""
-        environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
-        name = dict(pair.split(b"=", 1) for pair in environment if b"=" in pair)[NAME.encode()]
-        keys: Any = self.connection.keys(f"rq:worker:{name.decode()}-*:executions")
-        return {one.decode() for key in keys for one in self.connection.smembers(key)}
+    def busy(self, name: str) -> tuple[int, set[str]] | None:
+        """Process id and executions, `<job>:<execution>`, of a supervisor's child that has some."""
+        child = self.child(name)
+        with suppress(RedisError):
+            keys: Any = self.connection.keys(f"rq:worker:{self._name(child)}-*:executions")
+            held = {one.decode() for key in keys for one in self.connection.smembers(key)}
+            if child is not None and held:
+                return child, held
+        return None
+
+    def _name(self, child: int | None) -> str | None:
+        """What a supervisor's child calls itself."""
+        with suppress(OSError, KeyError):
+            environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+            pairs = dict(pair.split(b"=", 1) for pair in environment if b"=" in pair)
+            return pairs[NAME.encode()].decode()
+        return None
 
     def running(self) -> set[str]:
-        """Executions that somebody is believed to be at, `<job>:<execution>`."""
+        """Executions that somebody is believed to be at."""
         keys: Any = self.connection.keys("rq:wip:*")
         return {one.decode() for key in keys for one in self.connection.zrange(key, 0, -1)}
+
+    def goes_on(self, execution: str) -> bool:
+        """Whether its job is in another execution's hands, or has ended."""
+        id, dead = execution.split(":")
+        holders: Any = self.connection.zrange(f"rq:executions:{id}", 0, -1)
+        status: Any = self.connection.hget(f"rq:job:{id}", "status")
+        return any(one.decode() != dead for one in holders) or status not in (b"queued", b"started")
 
     def left(self) -> list[str]:
         """What should be empty when everything has ended, and is not."""
@@ -145,14 +205,17 @@ class Stack:
         return [key.decode() for key in keys]
 
     def end(self) -> None:
-        for name, process in reversed(list(self.processes.items())):
-            if name == "redis":
-                continue
+        for process in reversed(list(self.processes.values())):
             with suppress(ProcessLookupError):
                 process.send_signal(signal.SIGCONT)
                 process.kill()
             process.wait()
-        self.kill("redis")
+
+
+def _die_with_us() -> None:
+    """In a child: be killed when the chaos is, even by SIGKILL (Linux only)."""
+    PR_SET_PDEATHSIG = 1
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _free_ports(count: int) -> list[int]:

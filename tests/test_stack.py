@@ -153,7 +153,7 @@ def test_a_crash_of_the_gpu_process_is_survived(start, port):
     job = ask(f"{url}/generate", {"prompt": "a cat", "steps": 300, "seed": 1})
     while ask(f"{url}/generations/{job['id']}")["status"] == "queued":
         time.sleep(0.05)
-    os.kill(stack.pid("-m worker.process"), signal.SIGKILL)
+    os.kill(stack.pid("-m worker.child"), signal.SIGKILL)
     deadline = time.monotonic() + PATIENCE_S
     while (end := ask(f"{url}/generations/{job['id']}")["status"]) in ("queued", "running"):
         assert time.monotonic() < deadline

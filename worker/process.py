@@ -1,4 +1,4 @@
-"""The process that holds the model: load, test itself, work, drain. The supervisor starts it."""
+"""The process that holds the model: load, test itself, work, drain. `worker.child` starts it."""
 
 import logging
 import os
@@ -28,13 +28,7 @@ from worker.observing import Observer
 from worker.pulse import Pulse
 from worker.settings import Settings
 from worker.slots import ProgressReporter, Slots
-from worker.supervisor import (
-    NAME,
-    POISONED,
-    UNUSABLE,
-    end_with_parent,
-    show_stacks_when_asked,
-)
+from worker.supervisor import NAME, POISONED, UNUSABLE
 
 log = logging.getLogger("worker")
 
@@ -55,8 +49,6 @@ class Wishes:
 
 
 def main() -> int:
-    end_with_parent()
-    show_stacks_when_asked()
     wishes = Wishes()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, wishes.take)
@@ -153,7 +145,3 @@ def _leave(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

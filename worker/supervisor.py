@@ -4,8 +4,6 @@ It imports neither torch nor CUDA, so what kills its child cannot kill it. When 
 jobs go back to the front of their queues at once; nobody has to wait for the leases.
 """
 
-import ctypes
-import faulthandler
 import logging
 import os
 import signal
@@ -23,16 +21,15 @@ from redis.exceptions import RedisError
 from safelatent import logs
 from worker import leases
 from worker import settings as environment
+from worker.parent import PARENT
 from worker.pulse import PULSE_FD, Phase, Pulse, Sign
 
 log = logging.getLogger("worker.supervisor")
 
 
-COMMAND = (sys.executable, "-m", "worker.process")
+COMMAND = (sys.executable, "-m", "worker.child")
 NAME = "SAFELATENT_WORKER_NAME"
 """Environment variable: what the child calls itself, so that its jobs can be found."""
-PARENT = "SAFELATENT_SUPERVISOR"
-"""Environment variable: the supervisor's process id."""
 
 UNUSABLE = os.EX_CONFIG
 """Exit code for a model or a setting that cannot be used: starting again would not help."""
@@ -157,21 +154,6 @@ class Supervisor:
             min(left, POLL_S)
         ):
             self._bury()
-
-
-def end_with_parent() -> None:
-    """In the child: be killed when the supervisor is, whatever this process does (Linux only)."""
-    if sys.platform == "linux" and PARENT in os.environ:
-        PR_SET_PDEATHSIG = 1
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != int(os.environ[PARENT]):  # it has died already
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-def show_stacks_when_asked() -> None:
-    """In the child: SIGUSR1 prints the stack of every thread, even while none can run."""
-    assert sys.__stderr__ is not None
-    faulthandler.register(signal.SIGUSR1, file=sys.__stderr__, all_threads=True)
 
 
 def _how(code: int) -> str:

@@ -16,8 +16,9 @@ from rq import SimpleWorker
 from safelatent.queues import SafeJob, SafeQueue
 from safelatent.turns import Turns
 from worker import leases
+from worker.parent import end_with_parent, show_stacks_when_asked
 from worker.pulse import Pulse
-from worker.supervisor import NAME, UNUSABLE, end_with_parent, show_stacks_when_asked
+from worker.supervisor import NAME, UNUSABLE
 
 
 class PlayedSlot(SimpleWorker):

@@ -16,6 +16,7 @@ import pytest
 from redis import Redis
 
 from safelatent import events
+from safelatent.errors import NotFound
 from safelatent.jobs import KEPT_S, Jobs
 from safelatent.schema import GenerationRequest, Progress
 from safelatent.store import Store, image_key
@@ -48,6 +49,32 @@ def test_a_writer_that_is_killed_leaves_the_old_content_or_the_new(tmp_path: Pat
         assert len(content) == SIZE and set(content) == {content[0]}
         cut += len(list((tmp_path / "f00").iterdir())) - 1
     store.delete("f00")
+
+
+FULL = f"""
+import resource, sys
+from safelatent.errors import StoreUnavailable
+from safelatent.store import Store
+resource.setrlimit(resource.RLIMIT_FSIZE, ({SIZE // 2}, {SIZE // 2}))  # as a full disk: half fits
+try:
+    Store(sys.argv[1]).put(sys.argv[2], b"1" * {SIZE})
+except StoreUnavailable as error:
+    print(error)
+"""
+
+
+def test_what_does_not_fit_into_the_store_is_an_error_and_leaves_what_was_there(
+    tmp_path: Path,
+) -> None:
+    store = Store(f"file://{tmp_path}")
+    store.put("f00/0.png", b"0")
+    for key in ("f00/0.png", "f00/1.png"):
+        command = [sys.executable, "-c", FULL, f"file://{tmp_path}", key]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert f"cannot write {key}" in done.stdout, done.stderr
+    assert store.get("f00/0.png") == b"0"
+    with pytest.raises(NotFound):
+        store.get("f00/1.png")
 
 
 def test_two_images_of_one_generation_never_share_a_name() -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,14 @@ class Watch:
                     stderr=log,
                 )
             )
+        return self.started[-1]
+
+    def start_real(self) -> subprocess.Popen[bytes]:
+        """`python -m worker`, with a child that imports all that it needs."""
+        environment = {**os.environ, "REDIS_URL": self.redis_url}
+        with self.log.open("a") as log:
+            command = [sys.executable, "-m", "worker"]
+            self.started.append(subprocess.Popen(command, env=environment, stderr=log))
         return self.started[-1]
 
     def lives(self) -> list[tuple[int, float]]:
@@ -186,3 +195,24 @@ def test_a_killed_supervisor_takes_its_child_along(watch):
     child = watch.await_ready()
     supervisor.kill()
     watch.wait(lambda: not is_alive(child), "end of the child")
+
+
+def test_a_child_that_stands_still_in_its_imports_dies_with_its_supervisor(watch):
+    supervisor = watch.start_real()
+    children = Path(f"/proc/{supervisor.pid}/task/{supervisor.pid}/children")
+
+    def child_at_its_imports() -> int | None:
+        for pid in children.read_text().split():
+            if "libtorch" in Path(f"/proc/{pid}/maps").read_text():
+                return int(pid)
+        return None
+
+    watch.wait(child_at_its_imports, "child that imports torch")
+    child = child_at_its_imports()
+    os.kill(child, signal.SIGSTOP)
+    supervisor.kill()
+    try:
+        watch.wait(lambda: not is_alive(child), "end of the child")
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)

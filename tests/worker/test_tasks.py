@@ -17,6 +17,7 @@ from redis import Redis
 from rq.timeouts import JobTimeoutException
 
 from safelatent import events
+from safelatent.errors import StoreUnavailable
 from safelatent.jobs import Jobs
 from safelatent.safety import CONCEPT, LEVELS
 from safelatent.schema import Check, GenerationRequest, Result, Status
@@ -260,6 +261,27 @@ def test_steps_that_the_scheduler_cannot_take_are_the_callers_fault(office, sche
     assert result.error.type == "/problems/invalid-request"
     assert result.error.errors[0].field == "steps"
     assert why in result.error.detail
+
+
+def test_a_store_that_is_away_is_tried_again_and_at_last_fails_the_generation(office):
+    in_the_way = office.folder / ID
+    in_the_way.touch()  # a file, where the folder of its images should be
+    for _ in range(2):
+        with pytest.raises(StoreUnavailable):
+            office.generate()
+    result = office.generate()
+    assert (result.status, result.images) == (Status.FAILED, [])
+    assert result.error.type == "/problems/store-unavailable"
+
+
+def test_a_store_that_comes_back_in_time_fails_nothing(office):
+    in_the_way = office.folder / ID
+    in_the_way.touch()
+    with pytest.raises(StoreUnavailable):
+        office.generate()
+    in_the_way.unlink()
+    assert office.generate().status == Status.SUCCEEDED
+    assert office.stored() == {"0.png"}
 
 
 def test_one_image_of_bad_numbers_fails_the_generation(office):
