@@ -141,17 +141,17 @@ class Faults:
         return True
 
     async def _watch(self, victim: str, held: set[str], killed_at: float) -> None:
-        is_back = False
+        back_s = None
         while True:
             with suppress(RedisError):
-                if not is_back and not held & self.stack.running():
-                    is_back = True
-                    self.back_s[victim].append(time.monotonic() - killed_at)
-                if is_back and all(self.stack.goes_on(execution) for execution in held):
-                    self.again_s[victim].append(time.monotonic() - killed_at)
-                    back, again = self.back_s[victim][-1], self.again_s[victim][-1]
+                if back_s is None and not held & self.stack.running():
+                    back_s = time.monotonic() - killed_at
+                    self.back_s[victim].append(back_s)
+                if back_s is not None and all(map(self.stack.goes_on, held)):
+                    again_s = time.monotonic() - killed_at
+                    self.again_s[victim].append(again_s)
                     jobs = f"{len(held)} jobs of a killed {victim}"
-                    print(f"{jobs}: queued {back:.2f} s, at work {again:.2f} s", file=sys.stderr)
+                    print(f"{jobs}: queued {back_s:.2f} s, at work {again_s:.2f} s", file=sys.stderr)
                     return
             await asyncio.sleep(0.02)
 

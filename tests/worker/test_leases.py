@@ -82,6 +82,13 @@ def test_a_job_is_started_once_however_often_it_stands_in_its_queue(connection):
     assert queue(connection).job_ids == []
 
 
+def test_an_entry_of_a_job_that_has_ended_starts_nothing(connection):
+    [job] = submit(connection)
+    job.set_status(JobStatus.CANCELED)
+    assert Turns(connection).claim("tiny", "a-0", leases.LEASE_S) is None
+    assert status(job) == JobStatus.CANCELED and queue(connection).job_ids == []
+
+
 def test_a_killed_slot_loses_no_job_that_it_had_just_taken(connection):
     """A claim is all that a slot ever did: the job is in its hands, and comes back."""
     [job] = submit(connection)
