@@ -151,7 +151,9 @@ class Faults:
                     again_s = time.monotonic() - killed_at
                     self.again_s[victim].append(again_s)
                     jobs = f"{len(held)} jobs of a killed {victim}"
-                    print(f"{jobs}: queued {back_s:.2f} s, at work {again_s:.2f} s", file=sys.stderr)
+                    print(
+                        f"{jobs}: queued {back_s:.2f} s, at work {again_s:.2f} s", file=sys.stderr
+                    )
                     return
             await asyncio.sleep(0.02)
 

@@ -95,7 +95,8 @@ def _of_the_router(error: HTTPException, request: Request) -> SafelatentError:
         case HTTPStatus.BAD_REQUEST:
             return errors.MalformedBody("the body is not JSON in UTF-8 that can be read")
         case HTTPStatus.NOT_FOUND:
-            return errors.NotFound(f"there is nothing at {_printable(request.url.path)}; /openapi.json lists what there is")
+            path = _printable(request.url.path)
+            return errors.NotFound(f"there is nothing at {path}; /openapi.json lists what there is")
         case HTTPStatus.METHOD_NOT_ALLOWED:
             allowed = ", ".join(sorted(_methods(request)))
             error.headers = {"Allow": allowed}

@@ -12,10 +12,8 @@ from typing import Any
 
 import httpx
 from redis import Redis
-from rq import Queue
-from rq.serializers import JSONSerializer
 
-from safelatent.queues import TASK
+from safelatent.queues import TASK, queue
 from safelatent.schema import SCHEMA_VERSION
 from tests.checkpoint import build
 from tests.conftest import RedisServer
@@ -104,8 +102,8 @@ def test_no_canary_is_in_a_log_a_metric_or_an_error(own_redis: RedisServer, tmp_
 def forge(redis: RedisServer, request: dict[str, Any]) -> None:
     """Queue what no frontend lets through."""
     with Redis.from_url(redis.url) as connection:
-        queue = Queue("tiny:normal", connection, serializer=JSONSerializer)
-        queue.enqueue(TASK, kwargs={"version": SCHEMA_VERSION, "request": request})
+        line = queue("tiny", "alice", "normal", connection)
+        line.enqueue(TASK, kwargs={"version": SCHEMA_VERSION, "request": request})
 
 
 def wait(condition: Callable[[], object], what: str, *logs: Path) -> None:

@@ -280,6 +280,7 @@ class Slots:
 
         `is_counted` says whether what had begun to run has used up an attempt. How many it were.
         """
+        self.close()  # or an idle slot of ours would take at once what is handed back
         count = 0
         for slot in self.slots:
             if (work := slot.work_in_hand) is None:

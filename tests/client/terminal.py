@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import select
+import signal
 import struct
 import subprocess
 import sys
@@ -22,6 +23,13 @@ def environment(url: str, **more: str) -> dict[str, str]:
     return {**kept, "PYTHONPATH": str(ROOT), "SAFELATENT_URL": url, **more}
 
 
+def _of_its_own() -> None:
+    """In the new process: the terminal is its own, and Ctrl-C works even where the tests run in the
+    background and ignore it."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Terminal:
     """Runs `safelatent` so that stdin, stdout and stderr are a terminal."""
 
@@ -37,7 +45,7 @@ class Terminal:
             stdout=theirs,
             stderr=theirs,
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            preexec_fn=_of_its_own,
         )
         os.close(theirs)
 

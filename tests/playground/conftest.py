@@ -124,8 +124,9 @@ def playground(service: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield f"{url}{UNDER}/"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser(stack: tuple[str, int]) -> Iterator["Browser"]:
+    # Of the module: while it lives, playwright's loop runs in this thread, and no other can.
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as driver:
@@ -136,7 +137,7 @@ def browser(stack: tuple[str, int]) -> Iterator["Browser"]:
         browser.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def open_page(browser: "Browser", playground: str) -> Iterator[Any]:
     """Opens the page as somebody would; nothing may be asked of anybody but the playground."""
     elsewhere: list[str] = []
@@ -167,13 +168,13 @@ def open_page(browser: "Browser", playground: str) -> Iterator[Any]:
     assert elsewhere == []
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def wide(open_page: Any) -> "Page":
     """A light page on a wide screen, which several tests use: opening takes longest."""
     return open_page(1440, "light")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def narrow(open_page: Any) -> "Page":
     """A dark page on a telephone."""
     return open_page(390, "dark")
