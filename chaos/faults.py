@@ -150,10 +150,8 @@ class Faults:
                 if back_s is not None and all(map(self.stack.goes_on, held)):
                     again_s = time.monotonic() - killed_at
                     self.again_s[victim].append(again_s)
-                    jobs = f"{len(held)} jobs of a killed {victim}"
-                    print(
-                        f"{jobs}: queued {back_s:.2f} s, at work {again_s:.2f} s", file=sys.stderr
-                    )
+                    took = f"queued {back_s:.2f} s, at work {again_s:.2f} s"
+                    print(f"{len(held)} jobs of a killed {victim}: {took}", file=sys.stderr)
                     return
             await asyncio.sleep(0.02)
 

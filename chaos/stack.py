@@ -173,7 +173,8 @@ class Stack:
         child = self.child(name)
         with suppress(RedisError):
             keys: Any = self.connection.keys(f"rq:worker:{self._name(child)}-*:executions")
-            held = {one.decode() for key in keys for one in self.connection.smembers(key)}
+            members: list[Any] = [one for key in keys for one in self.connection.smembers(key)]
+            held = {one.decode() for one in members}
             if child is not None and held:
                 return child, held
         return None
@@ -189,7 +190,8 @@ class Stack:
     def running(self) -> set[str]:
         """Executions that somebody is believed to be at."""
         keys: Any = self.connection.keys("rq:wip:*")
-        return {one.decode() for key in keys for one in self.connection.zrange(key, 0, -1)}
+        members: list[Any] = [one for key in keys for one in self.connection.zrange(key, 0, -1)]
+        return {one.decode() for one in members}
 
     def goes_on(self, execution: str) -> bool:
         """Whether its job is in another execution's hands, or has ended."""
