@@ -25,6 +25,7 @@ from safelatent.jobs import Jobs
 from safelatent.schema import GenerationRequest, Model, Result, Status
 from safelatent.turns import Share
 from worker import tasks
+from worker.isolation import Isolation
 from worker.meter import Meter
 from worker.observing import Observer
 from worker.slots import Slots
@@ -53,6 +54,7 @@ class Sleeper:
         self.jobs = jobs
         self.meter = Meter()
         self.observer = Observer()
+        self.isolation = Isolation()
 
     def cancel(self, id: str) -> None: ...
 

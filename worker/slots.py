@@ -117,6 +117,7 @@ class Slot(SimpleWorker):
             with self.desk.meter.busy():
                 return bool(super().perform_job(job, queue, execution))
         finally:
+            self.desk.isolation.leave()
             self.work_in_hand = None
             self.executions.pop(execution.id, None)
 

@@ -36,6 +36,7 @@ from safelatent.store import Store, image_key
 from worker import pictures
 from worker.engine import Engine, ImageSpec, Made
 from worker.engine import Image as RunningImage
+from worker.isolation import Isolation
 from worker.leases import ATTEMPTS
 from worker.meter import Meter
 from worker.observing import Observer
@@ -76,7 +77,7 @@ class Desk:
         self.jobs = jobs
         self.observer = observer or Observer()
         self.meter = Meter()
-        self._turns = Turns()
+        self.isolation = Isolation()
         self.is_sure: Callable[[], bool] = lambda: True
         """Whether our leases are good; while it says no, nothing is announced."""
         self._lock = threading.Lock()
@@ -120,6 +121,7 @@ class Desk:
             raise
         except errors.ServiceError as error:
             if attempts + 1 < MAX_ATTEMPTS:
+                self.isolation.leave()  # it counts as another attempt in any case
                 time.sleep(2**attempts)
                 raise
             problem = error.problem
@@ -150,9 +152,9 @@ class Desk:
                 f"it waited {queue_s:.1f} s, and its deadline_s is {request.deadline_s:g}"
             )
         self._check(request)
-        with self._turns.alone() if attempts else self._turns.together():
-            self._count_attempt(id)
-            made, images = self._make(id, request)
+        self.isolation.enter(alone=attempts > 0)
+        self._count_attempt(id)
+        made, images = self._make(id, request)
         result = self._report(request, made, images)
         result.timings = _timings(queue_s, time.monotonic() - started, made)
         return result
@@ -327,53 +329,6 @@ def unheard(id: str) -> Iterator[None]:
         yield
     except RedisError as error:
         log.warning("an event of generation %s is not published: %s", id, error)
-
-
-class Turns:
-    """Generations run together, but a suspect of a crash runs alone.
-
-    A suspect waits here, uncounted, until nothing else runs; whoever comes later waits behind it.
-    """
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._together = 0
-        self._suspects = 0
-        self._is_alone = False
-
-    @contextmanager
-    def together(self) -> Iterator[None]:
-        with self._changed:
-            self._wait(lambda: not self._suspects)
-            self._together += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._together -= 1
-                self._changed.notify_all()
-
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        with self._changed:
-            self._suspects += 1
-        is_alone = False
-        try:
-            with self._changed:
-                self._wait(lambda: not self._together and not self._is_alone)
-                is_alone = self._is_alone = True
-            yield
-        finally:
-            with self._changed:
-                self._suspects -= 1
-                if is_alone:
-                    self._is_alone = False
-                self._changed.notify_all()
-
-    def _wait(self, may_go: Callable[[], bool]) -> None:
-        """In short waits, so that RQ's timeout can be raised in this thread."""
-        while not may_go():
-            self._changed.wait(0.5)
 
 
 def invalid(field: str, value: Any, message: str) -> errors.InvalidRequest:

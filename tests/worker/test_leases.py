@@ -20,6 +20,7 @@ from safelatent.schema import GenerationRequest
 from safelatent.turns import Turns
 from tests.conftest import RedisServer
 from worker import leases, slots, tasks
+from worker.isolation import Isolation
 
 
 def submit(connection: Redis, count: int = 1) -> list[SafeJob]:
@@ -51,7 +52,10 @@ def lapse(connection: Redis, job: Job) -> None:
 
 def slot(connection: Redis) -> slots.Slot:
     desk: Any = SimpleNamespace(
-        jobs=Jobs(connection), cancel=lambda id: None, meter=SimpleNamespace(busy=nullcontext)
+        jobs=Jobs(connection),
+        cancel=lambda id: None,
+        meter=SimpleNamespace(busy=nullcontext),
+        isolation=Isolation(),
     )
     return slots.Slot("tiny", desk, "played-0")
 

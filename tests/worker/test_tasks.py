@@ -1,10 +1,8 @@
 """A generation's way through the desk: what is stored, what is withheld, what is said."""
 
-import ctypes
 import io
 import re
 import threading
-import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -14,7 +12,6 @@ import numpy as np
 import pytest
 from PIL import Image
 from redis import Redis
-from rq.timeouts import JobTimeoutException
 
 from safelatent import events
 from safelatent.errors import StoreUnavailable
@@ -26,7 +23,7 @@ from tests.worker.running import Bent
 from worker.checks import Checks
 from worker.engine import Engine
 from worker.families.stable_diffusion import StableDiffusion
-from worker.tasks import Desk, Turns
+from worker.tasks import Desk
 
 ID = "f0e1"
 
@@ -216,36 +213,6 @@ def test_a_job_that_waited_past_its_deadline_costs_nothing(office):
     assert result.error.type == "/problems/deadline-exceeded"
     assert watched.rows == []
     assert office.generate(age_s=30, deadline_s=40).status == Status.SUCCEEDED
-
-
-def test_a_suspect_that_gives_up_waiting_leaves_the_way_free():
-    """As when RQ stops it, because it has waited for longer than a job may run."""
-    turns, gave_up = Turns(), threading.Event()
-
-    def suspect() -> None:
-        try:
-            with turns.alone():
-                pass
-        except JobTimeoutException:
-            gave_up.set()
-
-    with turns.together():
-        thread = threading.Thread(target=suspect)
-        thread.start()
-        while not turns._suspects:
-            time.sleep(0.01)
-        identity, error = ctypes.c_long(thread.ident), ctypes.py_object(JobTimeoutException)
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(identity, error)
-        assert gave_up.wait(60)
-    thread.join()
-    entered = threading.Event()
-
-    def innocent() -> None:
-        with turns.together():
-            entered.set()
-
-    threading.Thread(target=innocent, daemon=True).start()
-    assert entered.wait(60)
 
 
 def test_a_size_that_the_model_cannot_make_is_the_callers_fault(office):
