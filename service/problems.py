@@ -55,7 +55,9 @@ def invalid(error: RequestValidationError, request: Request | None = None) -> Sa
         wrong = FieldError(field=field, message=message, value=_shown(value))
         found.setdefault(field, (wrong, kind))
 
-    first, kind = next(iter(found.values()))
+    # A field that there is not may be the missing one, misspelt: so it is said first.
+    in_order = sorted(found.values(), key=lambda each: each[1] == "missing")
+    first, kind = in_order[0]
     detail = f"{first.field}: {first.message}"
     if kind not in ("missing", "safety_cannot_act"):
         detail += f" (got {json.dumps(first.value, ensure_ascii=False)})"
@@ -63,7 +65,7 @@ def invalid(error: RequestValidationError, request: Request | None = None) -> Sa
         detail += f"; {len(found) - 1} more in `errors`"
     kinds = {kind for _, kind in found.values()}
     cls = errors.SafetyCannotAct if kinds == {"safety_cannot_act"} else errors.InvalidRequest
-    return cls(detail, errors=[each for each, _ in found.values()])
+    return cls(detail, errors=[each for each, _ in in_order])
 
 
 def _field_and_message(each: dict[str, Any]) -> tuple[str, str]:
@@ -84,6 +86,8 @@ def _field_and_message(each: dict[str, Any]) -> tuple[str, str]:
             message = "is required"
         case "model_attributes_type" | "model_type" | "dict_type":
             message = "should be a JSON object"
+            if path == ["safety"]:
+                message += ', such as {"level": "strong"}'
         case "string_unicode":
             message = "should be valid Unicode, without lone surrogates"
     return _printable(".".join(path) or where), message

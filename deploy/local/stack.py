@@ -99,7 +99,8 @@ async def run(commands: dict[str, str], env: dict[str, str]) -> int:
             for process in started:
                 process.signal(signal.SIGKILL)
         else:
-            output.write("", "safelatent: stopping; what is running ends first (again: at once)")
+            output.write("", "safelatent: stopping; what is running ends first (again: at once),")
+            output.write("", "safelatent: and can be fetched after the next start")
             stop.set()
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

@@ -86,7 +86,7 @@ def _service(base_url: str, api_key: str | None) -> Iterator[Finding]:
                 "good", "key", f"levels {', '.join(may.levels)}; {may.limits['n']} images"
             )
             for model in client.models():
-                said = f"{model.id}, held by {model.workers} worker(s)"
+                said = f"{model.id}, warm in {model.workers}"
                 cure = "" if model.workers else f"start one: SAFELATENT_MODEL={model.id} make run"
                 yield Finding("good" if model.workers else "unknown", "model", said, cure)
         except (errors.Unauthorized, errors.Forbidden) as error:
@@ -117,7 +117,7 @@ def _ready(base: str) -> Finding:
     except (httpx.TransportError, ValueError) as error:
         return Finding("bad", "workers", f"/readyz: {error}", "look at the service's log")
     if ready.status_code == 200:
-        return Finding("good", "workers", f"{body['workers']} hold {body['model']} warm")
+        return Finding("good", "workers", f"{body['workers']} with {body['model']} warm")
     cure = "start a worker (`make run`, or `python -m worker`); a large model loads for minutes"
     if "Redis" in body.get("detail", ""):
         cure = "start Redis, and look at the service's REDIS_URL"
