@@ -204,7 +204,9 @@ class Stack:
         """What should be empty when everything has ended, and is not."""
         patterns = ("rq:wip:*", "rq:queue:*", "rq:execution*", "rq:worker:*:executions")
         keys: Any = [key for pattern in patterns for key in self.connection.keys(pattern)]
-        return [key.decode() for key in keys]
+        workers: Any = self.connection.smembers("rq:workers")
+        gone = [worker for worker in workers if not self.connection.exists(worker)]
+        return [key.decode() for key in keys + gone]
 
     def end(self) -> None:
         for process in reversed(list(self.processes.values())):

@@ -31,7 +31,7 @@ local function start(id, started)
     'created_at', now, 'last_heartbeat', now)
   redis.call('EXPIRE', hash, lease_s)
   redis.call('SADD', worker_executions, held)
-  redis.call('EXPIRE', worker_executions, registered_s)
+  redis.call('EXPIRE', worker_executions, lease_s)  -- a worker's beat renews both
 end
 
 -- A tenant's most urgent, oldest job. An id may stand in a queue more than once, and entries of

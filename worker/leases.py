@@ -33,10 +33,13 @@ PARKED = "safelatent:parked:{}:{}"
 LEASE_S = 10
 
 RENEW = """
--- KEYS: executions of the job, execution; ARGV: execution id, lease in ms, fields...
-if not redis.call('ZSCORE', KEYS[1], ARGV[1]) then return 0 end
-redis.call('HSET', KEYS[2], unpack(ARGV, 3))
-redis.call('PEXPIRE', KEYS[2], ARGV[2])
+-- KEYS: executions of the job, execution, executions of the worker
+-- ARGV: job id, execution id, lease in s, fields...
+if not redis.call('ZSCORE', KEYS[1], ARGV[2]) then return 0 end
+redis.call('HSET', KEYS[2], unpack(ARGV, 4))
+redis.call('EXPIRE', KEYS[2], ARGV[3])
+redis.call('SADD', KEYS[3], ARGV[1] .. ':' .. ARGV[2])
+redis.call('EXPIRE', KEYS[3], ARGV[3])
 return 1
 """
 
@@ -73,8 +76,8 @@ def renew(pipeline: Pipeline, execution: Execution) -> None:
     A lease that lapsed while Redis was away is good again, unless somebody noticed.
     """
     pipeline.register_script(RENEW)(
-        keys=[fence(execution.job_id), execution.key],
-        args=[execution.id, LEASE_S * 1000, *_flat(execution.serialize())],
+        keys=[fence(execution.job_id), execution.key, execution.worker_executions_key],
+        args=[execution.job_id, execution.id, LEASE_S, *_flat(execution.serialize())],
         client=pipeline,
     )
 

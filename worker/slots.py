@@ -26,7 +26,7 @@ from rq.job import Job, JobStatus
 from rq.queue import Queue
 from rq.serializers import JSONSerializer
 from rq.timeouts import TimerDeathPenalty
-from rq.worker_registration import register
+from rq.worker_registration import clean_worker_registry, register
 
 from safelatent import events
 from safelatent.errors import ServiceError
@@ -226,6 +226,10 @@ class Slot(SimpleWorker):
         self.connection.delete(self.key)
         super().register_birth()  # type: ignore[no-untyped-call]
 
+    def heartbeat(self, timeout: int | None = None, pipeline: Pipeline | None = None) -> None:
+        """RQ forgets a worker, and what it held, when its leases have lapsed too."""
+        super().heartbeat(leases.LEASE_S, pipeline)
+
     def run_maintenance_tasks(self) -> None:
         """Nothing: `Slots` does it for all."""
 
@@ -350,6 +354,7 @@ class Slots:
                 leases.hand_back_lapsed(each)
             leases.unpark(self.connection, self.model.id, SCHEMA_VERSION)
             self.desk.jobs.turns.tidy(self.model.id)
+            clean_worker_registry(Queue(self.model.id, self.connection))
         if self.connection.set(STORE_SWEEP_LOCK, self.name, nx=True, ex=STORE_SWEEP_S):
             # A large store takes minutes to list, and a lease does not wait for it.
             threading.Thread(target=self._sweep_store, name="store-sweep", daemon=True).start()

@@ -135,6 +135,23 @@ def test_rqs_own_cleanup_judges_no_lease(connection):
     assert leases.hand_back_lapsed(queue(connection)) == 1
 
 
+def test_what_a_dead_worker_held_is_forgotten_with_its_leases(connection):
+    submit(connection)
+    execution = claim(connection, "dead-0")
+    held = execution.worker_executions_key
+    assert 0 < connection.ttl(held) <= leases.LEASE_S
+    at_work = slot(connection)
+    at_work.register_birth()
+    at_work.heartbeat()
+    assert 0 < connection.ttl(at_work.key) <= leases.LEASE_S
+    connection.delete(held)  # as after an outage
+    with connection.pipeline() as pipeline:
+        leases.renew(pipeline, execution)
+        pipeline.execute()
+    assert connection.smembers(held) == {execution.composite_key.encode()}
+    assert 0 < connection.ttl(held) <= leases.LEASE_S
+
+
 def test_a_renewed_lease_is_no_prey_even_if_it_had_lapsed(connection):
     [job] = submit(connection)
     execution = claim(connection, "alive-0")
