@@ -13,23 +13,25 @@ from chaos import soak
 from chaos.clients import Clients, audit
 from chaos.faults import HOSTS, KILLS, KINDS, ROLLING, Faults
 from chaos.stack import Stack
+from tests.service.receiver import Receiver
 
 SETTLED_S = 60
 MODES = {"chaos": KINDS, "kills": KILLS, "hosts": HOSTS, "rolling": ROLLING}
 WORDS = {"worker process": "GPU process killed, supervisor lives", "supervisor": "host killed"}
 
 
-async def run(asked: argparse.Namespace, folder: Path) -> bool:
+async def run(asked: argparse.Namespace, folder: Path, receiver: Receiver) -> bool:
     stack = Stack(folder)
     began = time.monotonic()
     try:
         await stack.start()
         began = _say(began, "the stack is warm")
         if asked.mode == "soak":
-            return await soak.run(stack, asked.minutes, asked.clients, asked.seed)
+            return await soak.run(stack, receiver, asked.minutes, asked.clients, asked.seed)
         faults = Faults(stack, asked.seed, asked.pause, MODES[asked.mode])
         clients = Clients(
             stack.urls,
+            receiver,
             asked.n,
             asked.clients,
             asked.seed,
@@ -108,7 +110,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="chaos-") as temporary:
         folder = asked.keep or Path(temporary)
         folder.mkdir(exist_ok=True)
-        good = asyncio.run(run(asked, folder.resolve()))
+        with Receiver() as receiver:
+            good = asyncio.run(run(asked, folder.resolve(), receiver))
     return 0 if good else 1
 
 

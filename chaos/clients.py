@@ -10,6 +10,7 @@ import io
 import json
 import random
 import re
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,8 +20,13 @@ import httpx
 import numpy as np
 from PIL import Image
 
+from safelatent import webhooks
+from tests.service.receiver import SECRET, Receiver
+
 ENDED = ("succeeded", "failed", "cancelled")
 WAYS = ("poll", "wait", "stream")
+CALLED_S = 120
+"""How long a webhook may take after the last end: a deliverer that is killed owes it for 35 s."""
 
 
 @dataclass
@@ -41,12 +47,16 @@ class Clients:
     def __init__(
         self,
         urls: list[str],
+        receiver: Receiver,
         n: int,
         count: int,
         seed: int,
         enough: Callable[[], bool] = lambda: True,
     ):
         self.urls, self.n, self.count, self.enough = urls, n, count, enough
+        self.receiver = receiver
+        """Of webhooks; every fifth call gets a 500 at first."""
+        receiver.answers = [500, 204, 204, 204, 204] * 10_000
         self.random, self.bodies = random.Random(seed), random.Random(seed)
         self.told: list[Told] = []
         self.done = 0
@@ -66,6 +76,8 @@ class Clients:
                 "safety": {"level": "max"},
                 "n": self.bodies.choice((1, 1, 2)),
             }
+            if i % 4 == 0:
+                body["webhook"] = self.receiver.url
         self.told.append(Told(body, WAYS[i % 3]))
         return self.told[-1]
 
@@ -163,11 +175,14 @@ async def audit(
     ids = [told.id for told in clients.told]
     if len(set(ids)) != len(ids):
         wrong.append("two requests were given one id")
+    called = await _called(clients, counts, wrong)
     async with http_client() as http:
         for told in clients.told:
             final = (await clients._ask(http, "GET", f"/generations/{told.id}")).json()
             counts[final["status"]] += 1
-            for end in told.ends:
+            if "webhook" in told.body and told.id not in called:
+                wrong.append(f"{told.id}: no webhook came")
+            for end in told.ends + called.get(told.id, []):
                 if (end["status"], _shas(end)) != (final["status"], _shas(final)):
                     wrong.append(f"{told.id} ended twice")
             if final["status"] != "succeeded":
@@ -192,6 +207,29 @@ async def audit(
             if max(abs(one - other).max() for one, other in zip(first, made, strict=True)) > 1:
                 wrong.append(f"{told.id}: the same seed gave another picture")
     return counts, wrong
+
+
+async def _called(
+    clients: Clients, counts: Counter[str], wrong: list[str]
+) -> dict[str, list[dict[str, Any]]]:
+    """The generations that webhooks told of, by id, once all have come or time is up."""
+    wanted = {told.id for told in clients.told if "webhook" in told.body}
+    called: dict[str, list[dict[str, Any]]] = {}
+    seen = 0
+    deadline = time.monotonic() + CALLED_S
+    while True:
+        for _, headers, body in clients.receiver.calls[seen:]:
+            seen += 1
+            sent_at = float(headers["webhook-timestamp"])
+            generation = webhooks.verify(body, headers, SECRET, now=sent_at)
+            if headers["webhook-id"] != f"msg_{generation.id}":
+                wrong.append(f"{generation.id}: a webhook is called {headers['webhook-id']}")
+            called.setdefault(str(generation.id), []).append(generation.model_dump(mode="json"))
+        if wanted <= called.keys() or time.monotonic() > deadline:
+            break
+        await asyncio.sleep(0.2)
+    counts["webhooks"], counts["webhook calls"] = len(called), seen
+    return called
 
 
 def _shas(generation: dict[str, Any]) -> list[str]:

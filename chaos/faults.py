@@ -19,6 +19,7 @@ KINDS = {
     "kill supervisor": 2,
     "kill frontend": 3,
     "kill redis": 2,
+    "kill deliverer": 2,
     "freeze worker process": 1,
     "freeze supervisor": 1,
     "freeze frontend": 1,
@@ -86,7 +87,7 @@ class Faults:
         elif verb == "restart":
             return await self._restart(victim)
         else:
-            name = "redis" if victim == "redis" else f"frontend-{number}"
+            name = f"frontend-{number}" if victim == "frontend" else victim
             if verb == "freeze":
                 await self._freeze(self.stack.processes[name].pid, seconds)
             else:

@@ -11,6 +11,7 @@ import numpy as np
 
 from chaos.clients import Clients, audit
 from chaos.stack import Stack
+from tests.service.receiver import Receiver
 
 LOOK_S = 5
 WARMING = 0.25
@@ -27,9 +28,10 @@ class Look(NamedTuple):
     fds: int
 
 
-async def run(stack: Stack, minutes: float, count: int, seed: int) -> bool:
+async def run(stack: Stack, receiver: Receiver, minutes: float, count: int, seed: int) -> bool:
     began = time.monotonic()
-    clients = Clients(stack.urls, 1, count, seed, lambda: time.monotonic() > began + 60 * minutes)
+    until = began + 60 * minutes
+    clients = Clients(stack.urls, receiver, 1, count, seed, lambda: time.monotonic() > until)
     work = asyncio.create_task(clients.run())
     looks: dict[str, list[Look]] = {}
     keys: list[tuple[int, int]] = []

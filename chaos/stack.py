@@ -1,7 +1,9 @@
-"""The stack that is hurt: Redis behind a proxy, two frontends, two supervised workers."""
+"""The stack that is hurt: Redis behind a proxy, two frontends, two supervised workers, a deliverer
+of webhooks."""
 
 import asyncio
 import ctypes
+import json
 import os
 import signal
 import socket
@@ -16,8 +18,10 @@ from typing import Any
 from redis import Redis
 from redis.exceptions import RedisError
 
+from safelatent.deliveries import DUE
 from tests.checkpoint import build
 from tests.conftest import redis_server
+from tests.service.receiver import SECRET
 from worker.supervisor import NAME
 
 WARM_S = 300
@@ -63,7 +67,8 @@ class Proxy:
 
 
 class Stack:
-    """Processes by name: `redis`, `frontend-0`, `frontend-1`, `worker-0`, `worker-1`."""
+    """Processes by name: `redis`, `frontend-0`, `frontend-1`, `worker-0`, `worker-1`,
+    `deliverer`."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -82,9 +87,12 @@ class Stack:
             "SAFELATENT_MODEL": str(build(self.folder / "tiny")),
             "SAFELATENT_STORE_URL": f"file://{self.folder}/store",
             "SAFELATENT_SLOTS": "4",
+            "SAFELATENT_WEBHOOK_SECRET": SECRET,
+            "SAFELATENT_WEBHOOK_ALLOW": "127.0.0.0/8",
+            "SAFELATENT_WEBHOOK_RETRY_S": json.dumps([1] * 100),
         }
         (self.folder / "redis").mkdir()
-        for name in ("redis", "frontend-0", "frontend-1", "worker-0", "worker-1"):
+        for name in ("redis", "frontend-0", "frontend-1", "worker-0", "worker-1", "deliverer"):
             self.launch(name)
         for name in ("worker-1", "frontend-0", "frontend-1"):
             await self.await_ready(name)
@@ -128,6 +136,8 @@ class Stack:
             port = str(self.ports[int(name[-1])])
             environment = {**environment, "SAFELATENT_PORT": port}
             command = [sys.executable, "-m", "service"]
+        elif name == "deliverer":
+            command = [sys.executable, "-m", "service.webhooks"]
         else:
             command = [sys.executable, "-m", "worker"]
         with (self.folder / f"{name}.log").open("a") as log:
@@ -202,7 +212,7 @@ class Stack:
 
     def left(self) -> list[str]:
         """What should be empty when everything has ended, and is not."""
-        patterns = ("rq:wip:*", "rq:queue:*", "rq:execution*", "rq:worker:*:executions")
+        patterns = ("rq:wip:*", "rq:queue:*", "rq:execution*", "rq:worker:*:executions", DUE)
         keys: Any = [key for pattern in patterns for key in self.connection.keys(pattern)]
         workers: Any = self.connection.smembers("rq:workers")
         gone = [worker for worker in workers if not self.connection.exists(worker)]
