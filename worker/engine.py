@@ -7,7 +7,6 @@ the denoiser once per latent shape, with one row per stream that an image needs 
 
 import logging
 import queue
-import re
 import threading
 import time
 from collections import OrderedDict
@@ -20,10 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from safelatent import errors
 from safelatent.safety import SafetyParameters
 from safelatent.schema import Check
-from worker import guidance
+from worker import failures, guidance
 from worker.checks import Checks
 from worker.families import Family
 from worker.report import Record, Telemetry, observe
@@ -182,7 +180,7 @@ class Engine:
             try:
                 self.step()
             except Exception as error:
-                if isinstance(error, Poisoned) or is_poison(error):
+                if isinstance(error, failures.Poisoned) or failures.is_poison(error):
                     self.poisoned = error  # nobody is told: the process ends, others make them
                     return
                 # a defect: nobody may wait for ever
@@ -281,6 +279,11 @@ class Engine:
         native = self.family.model.width * self.family.model.height
         return image.cost * image.spec.width * image.spec.height / native
 
+    def _fail(self, image: Image, error: Exception) -> None:
+        """End an image that fails alone."""
+        spec = image.spec
+        self._end(image, failures.explain(error, spec.seed, spec.width, spec.height))
+
     def _end(self, image: Image, outcome: Made | BaseException) -> None:
         for images in (self.waiting, self.running):
             if image in images:
@@ -309,7 +312,7 @@ class Engine:
                 log.warning("a step of %d images failed, trying halves: %s", len(images), error)
                 self._in_halves(self._denoise, images)
             else:
-                self._end(images[0], _explain(error, images[0].spec))
+                self._fail(images[0], error)
             return
         guided = self._guide(images, predictions)
         for image, prediction in zip(images, guided, strict=True):
@@ -328,9 +331,9 @@ class Engine:
     def _judge(self, error: Exception, rows: float = 0.0) -> None:
         """Learn from a call that failed: `rows` may be too many. Raises Poisoned if it was the last
         that this process can make."""
-        if is_poison(error):
-            raise Poisoned(str(error)) from error
-        if _is_out_of_memory(error):
+        if failures.is_poison(error):
+            raise failures.Poisoned(str(error)) from error
+        if failures.is_out_of_memory(error):
             torch.cuda.empty_cache()
             if rows > 1:
                 self.max_rows = min(self.max_rows, LEARN * rows)
@@ -438,7 +441,7 @@ class Engine:
             if len(images) > 1:
                 self._in_halves(self._decode, images)
             else:
-                self._end(images[0], _explain(error, images[0].spec))
+                self._fail(images[0], error)
             return
         decoded = time.monotonic()
         verdicts = self.checks.judge(list(pixels))
@@ -455,27 +458,6 @@ class Engine:
                 check_s=checked - decoded,
             )
             self._end(image, made)
-
-
-class Poisoned(Exception):
-    """The device's context is broken: whatever this process asks of it now fails."""
-
-
-POISON = re.compile(
-    "CUDA.*(device-side assert|illegal (memory access|address|instruction)|misaligned address|"
-    "unspecified launch failure|uncorrectable|hardware stack error|launch timed out)",
-    re.DOTALL,
-)
-"""Errors that, as the CUDA Runtime API has it, "leave the process in an inconsistent state"."""
-
-
-def is_poison(error: Exception) -> bool:
-    """Whether an error of the device ends its context. Out of memory does not."""
-    return isinstance(error, RuntimeError) and POISON.search(str(error)) is not None
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "alloc" in str(error)
 
 
 DRAWS_NOISE = frozenset({"euler_a", "ddpm", "lcm"})
@@ -504,15 +486,3 @@ def _columns(rows: Sequence[Sequence[float]], like: Tensor) -> list[Tensor]:
     """One `_column` per scale, moved to the device together."""
     table = torch.tensor(rows, dtype=like.dtype, device=like.device)
     return [column.view(-1, 1, 1, 1) for column in table.unbind(dim=1)]
-
-
-def _explain(error: Exception, spec: ImageSpec) -> Exception:
-    """A failure of one image alone, in the caller's words."""
-    if _is_out_of_memory(error):
-        return errors.OutOfMemory(
-            f"{spec.width} x {spec.height} pixels do not fit in the worker's memory: "
-            "choose a smaller size"
-        )
-    if isinstance(error, ValueError):
-        return errors.BadNumbers(f"seed {spec.seed}: {error}")
-    return error
