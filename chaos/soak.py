@@ -16,7 +16,8 @@ from tests.service.receiver import Receiver
 LOOK_S = 5
 WARMING = 0.25
 """The share of the time at the beginning that no slope is taken of: caches fill."""
-OF_ONE = re.compile(rb"[0-9a-f]{8}-[0-9a-f]{4}-")
+OF_ONE = re.compile(rb"[0-9a-f]{8}-[0-9a-f]{4}-|^safelatent:once:")
+"""Keys with a generation's id, and idempotency keys."""
 
 
 class Look(NamedTuple):
