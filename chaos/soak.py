@@ -59,6 +59,8 @@ async def run(stack: Stack, receiver: Receiver, minutes: float, count: int, seed
     late_keys = keys[int(WARMING * len(keys)) :]
     print(f"Redis keys of no generation: {late_keys[0][0]} at first, {late_keys[-1][0]} at last")
     print(f"Redis keys of generations: {keys[-1][1] / len(clients.told):.2f} each, for 24 hours")
+    for each in clients.failed[:3]:
+        print(f"refused: {each}")
     for each in wrong:
         print(f"WRONG: {each}")
     return not wrong
