@@ -30,12 +30,12 @@ def open_url(url: str) -> None:
 
 
 def worker() -> None:
-    from redis import Redis
     from rq import Worker
 
+    from safelatent.connecting import connect
     from safelatent.turns import WORKERS
 
-    connection = Redis.from_url(os.environ["REDIS_URL"], socket_timeout=2, socket_connect_timeout=2)
+    connection = connect(os.environ["REDIS_URL"], socket_timeout=2, socket_connect_timeout=2)
     # RQ knows the host of each slot, the announcement knows that the model is warm; a slot is
     # named <worker>-<number>, an announcement "<worker> <model>".
     slots = Worker.all(connection)

@@ -362,7 +362,10 @@ class Jobs:
         return bool(self.connection.exists(CANCELLED.format(id)))
 
     def _job(self, id: str, tenant: str | None = None) -> SafeJob:
-        unknown = errors.NotFound(f"there is no generation {id!r}, or it has expired")
+        unknown = errors.NotFound(
+            f"there is no generation {id!r}: it never was, or not for this key; it was deleted, or "
+            "has expired; or Redis lost it in a failure, and then it must be submitted again"
+        )
         try:
             job = SafeJob.fetch(id, self.connection, serializer=JSONSerializer)
         except RedisError:

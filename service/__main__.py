@@ -76,6 +76,8 @@ def sentence(error: ValidationError) -> str:
     variable = name if name.isupper() else f"SAFELATENT_{name.upper()}"
     if first["type"] == "missing":
         return f"{variable} is not set; for example {variable}=redis://127.0.0.1:6379/0"
+    if first["type"] == "value_error":  # ours, which names the value unless it is a secret
+        return f"{variable}: {first['msg'].removeprefix('Value error, ')}"
     return f"{variable} is {first['input']!r}: {first['msg']}"
 
 

@@ -6,10 +6,10 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
-from redis import Redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from safelatent.connecting import connect
 from safelatent.jobs import Jobs
 from safelatent.store import Store
 from service import cors, problems
@@ -29,7 +29,7 @@ from service.waiting import Waiting
 
 def create_app(settings: Settings) -> FastAPI:
     """The ASGI application. Redis and the workers may come later, and go and come back."""
-    redis = Redis.from_url(
+    redis = connect(
         settings.redis_url,
         # Redis away is an answer of 503 at once, and never a hang.
         socket_timeout=1,

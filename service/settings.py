@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic import AfterValidator, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from safelatent import logs
+from safelatent.connecting import readable
 from safelatent.defaults import DEFAULT_MODEL, DEFAULT_STORE_URL, model_id
 from service.cors import ORIGIN
 from service.policy import Tenant, webhook_secret
@@ -24,8 +25,9 @@ class Settings(BaseSettings):
         env_prefix="SAFELATENT_", frozen=True, populate_by_name=True, use_attribute_docstrings=True
     )
 
-    redis_url: str = Field(validation_alias="REDIS_URL")
-    """redis://, rediss:// or unix:// address of Redis or Valkey."""
+    redis_url: Annotated[str, AfterValidator(readable)] = Field(validation_alias="REDIS_URL")
+    """Address of Redis or Valkey: redis://, rediss:// or unix://, or its sentinels' as
+    redis+sentinel://host:26379,host:26379/master/0."""
     host: str = "127.0.0.1"
     """Address to listen on."""
     port: int = Field(default=8000, ge=0, le=65535)

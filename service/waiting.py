@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
-import redis.asyncio
 from redis.exceptions import RedisError
 from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive
 
 from safelatent import events
+from safelatent.connecting import connect_async
 from safelatent.errors import QueueUnavailable
 from safelatent.events import News
 from safelatent.jobs import Jobs
@@ -138,9 +138,7 @@ class Waiting:
 
     async def follow(self) -> None:
         """Wake waiters as generations finish, for ever; after an outage go on where it broke."""
-        connection = redis.asyncio.Redis.from_url(
-            self.redis_url, socket_timeout=5, socket_connect_timeout=5
-        )
+        connection = connect_async(self.redis_url, socket_timeout=5, socket_connect_timeout=5)
         pause_s = 0.1
         async with connection:
             while True:

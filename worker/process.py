@@ -11,9 +11,9 @@ from types import FrameType
 
 import torch
 from prometheus_client import start_http_server
-from redis import Redis
 
 from safelatent import logs, traces
+from safelatent.connecting import connect
 from safelatent.defaults import model_id
 from safelatent.jobs import Jobs
 from safelatent.store import Store
@@ -97,7 +97,7 @@ def work(engine: Engine, settings: Settings, wishes: Wishes) -> None:
                 file=sys.stderr,
             )
             sys.exit(UNUSABLE)
-    connection: Redis = Redis.from_url(settings.redis_url, socket_connect_timeout=2)
+    connection = connect(settings.redis_url, socket_connect_timeout=2)
     tasks.desk = tasks.Desk(engine, Store(settings.store_url), Jobs(connection), observer)
     name = os.environ.get(NAME) or uuid.uuid4().hex[:12]
     slots = Slots(settings.slots, engine.family.model, tasks.desk, name)

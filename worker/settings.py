@@ -6,9 +6,10 @@ The supervisor reads them too, so nothing here imports torch before a method nee
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import (
+    AfterValidator,
     Field,
     NonNegativeFloat,
     PositiveFloat,
@@ -19,6 +20,7 @@ from pydantic import (
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from safelatent import logs
+from safelatent.connecting import readable
 from safelatent.defaults import DEFAULT_MODEL, DEFAULT_STORE_URL
 
 if TYPE_CHECKING:
@@ -32,8 +34,9 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="SAFELATENT_", frozen=True)
 
-    redis_url: str = Field(validation_alias="REDIS_URL")
-    """redis://, rediss:// or unix:// address of Redis or Valkey."""
+    redis_url: Annotated[str, AfterValidator(readable)] = Field(validation_alias="REDIS_URL")
+    """Address of Redis or Valkey: redis://, rediss:// or unix://, or its sentinels' as
+    redis+sentinel://host:26379,host:26379/master/0."""
     model: str = DEFAULT_MODEL
     """Folder or hub id of the checkpoint, in diffusers' layout."""
     model_revision: str | None = None
@@ -100,5 +103,6 @@ def read() -> Settings | None:
         for wrong in error.errors():
             name = str(wrong["loc"][0])
             name = name if name.isupper() else f"SAFELATENT_{name.upper()}"
-            print(f"safelatent worker: {name}: {wrong['msg']}", file=sys.stderr)
+            said = wrong["msg"].removeprefix("Value error, ")
+            print(f"safelatent worker: {name}: {said}", file=sys.stderr)
         return None

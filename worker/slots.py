@@ -47,6 +47,8 @@ PAUSE_S = 0.5
 """Between two tries while Redis is away."""
 PASSING = (ConnectionError, RedisTimeoutError, ReadOnlyError, OutOfMemoryError)
 """What Redis says while it is away, fails over or is full: the same command may work later."""
+NO_REPLICAS = "NOREPLICAS"
+"""So does the word of a master that lacks `min-replicas-to-write`; redis-py has no class for it."""
 
 
 class Slot(SimpleWorker):
@@ -56,6 +58,8 @@ class Slot(SimpleWorker):
     queue_class = SafeQueue
     death_penalty_class = TimerDeathPenalty
     log_result_lifespan = False
+    connection_timeout = 5
+    """RQ would wait 415 s for a Redis that hangs, and never learn that another is master."""
 
     def __init__(self, model: str, desk: Desk, name: str):
         super().__init__(
@@ -183,7 +187,9 @@ class Slot(SimpleWorker):
                     log.warning("job %s was handed back; what came of it is dropped", job.id)
                     return
                 # The answer to the transaction may have got lost, and not the lease.
-            except PASSING as error:
+            except RedisError as error:
+                if not isinstance(error, PASSING) and NO_REPLICAS not in str(error):
+                    raise
                 log.warning("the end of job %s waits for Redis: %s", job.id, error)
                 is_certain = False
                 time.sleep(PAUSE_S)
@@ -215,6 +221,12 @@ class Slot(SimpleWorker):
 
     def prepare_job_execution(self, job: Job, remove_from_intermediate_queue: bool = False) -> None:
         super().prepare_job_execution(job)  # it is in no list any more since it was claimed
+
+    def _pubsub_exception_handler(self, error: Exception, *of: Any) -> None:
+        """RQ subscribes again after a ConnectionError, and never after a timeout."""
+        if isinstance(error, RedisTimeoutError):
+            error = ConnectionError(str(error))
+        super()._pubsub_exception_handler(error, *of)
 
     def unsubscribe(self) -> None:
         """RQ would wait a second for its thread, which waits for a message."""

@@ -19,6 +19,7 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from safelatent import logs
+from safelatent.connecting import connect
 from worker import leases
 from worker import settings as environment
 from worker.parent import PARENT
@@ -165,9 +166,7 @@ def main() -> int:
     if settings is None:
         return UNUSABLE
     logs.configure(settings.log_level, settings.log_format)
-    connection: Redis = Redis.from_url(
-        settings.redis_url, socket_timeout=2, socket_connect_timeout=2
-    )
+    connection = connect(settings.redis_url, socket_timeout=2, socket_connect_timeout=2)
     supervisor = Supervisor(connection, settings.stall_s)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, supervisor.forward)

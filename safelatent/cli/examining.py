@@ -141,8 +141,10 @@ def _redis(url: str) -> Finding:
         return Finding("unknown", "redis", "REDIS_URL is set, and the package redis is not here")
     import redis
 
+    from safelatent.connecting import connect
+
     try:
-        with redis.Redis.from_url(url, socket_timeout=5, socket_connect_timeout=5) as connection:
+        with connect(url, socket_timeout=5, socket_connect_timeout=5) as connection:
             told = connection.info()
             policy = connection.config_get("maxmemory-policy").get("maxmemory-policy", "")
     except (redis.RedisError, ValueError) as error:

@@ -5,9 +5,9 @@ import signal
 import sys
 
 from pydantic import ValidationError
-from redis import Redis
 
 from safelatent import logs
+from safelatent.connecting import connect
 from safelatent.jobs import Jobs
 from service.__main__ import sentence
 from service.auth import Callers
@@ -25,7 +25,7 @@ def main() -> None:
         sys.exit(f"safelatent webhooks: {sentence(error)}")
     except UnusablePolicy as error:
         sys.exit(f"safelatent webhooks: {error}")
-    connection: Redis = Redis.from_url(settings.redis_url, socket_connect_timeout=2)
+    connection = connect(settings.redis_url, socket_connect_timeout=2)
     deliverer = Deliverer(settings, Jobs(connection), callers.webhook_secrets)
     asyncio.run(deliver(deliverer))
 

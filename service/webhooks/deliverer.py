@@ -17,10 +17,10 @@ from datetime import UTC, datetime, timedelta
 
 import certifi
 import httpcore
-import redis.asyncio
 from redis.exceptions import RedisError
 
 from safelatent import errors, events, webhooks
+from safelatent.connecting import connect_async
 from safelatent.deliveries import LOOK_S, Owed
 from safelatent.jobs import Jobs, redis_errors
 from safelatent.schema import Generation
@@ -104,7 +104,7 @@ class Deliverer:
         """Make what ends due at once. What is missed here is found when it is looked at."""
         while True:
             try:
-                async with redis.asyncio.Redis.from_url(
+                async with connect_async(
                     self.settings.redis_url, socket_timeout=5, socket_connect_timeout=5
                 ) as connection:
                     start = await events.last(connection)
