@@ -326,6 +326,17 @@ def test_when_redis_is_killed_and_comes_back_every_job_is_done_once(house):
     house.assert_succeeded_once(*again)
 
 
+def test_an_end_waits_for_a_master_that_lacks_its_replicas(house):
+    house.start_worker(step_s=0.05)
+    id = house.submit(1, steps=40)
+    house.await_steps(id)
+    house.connection.config_set("min-replicas-to-write", 1)
+    house.wait(lambda: f"the end of job {id} waits" in house.log.read_text(), "end that waits")
+    house.connection.config_set("min-replicas-to-write", 0)
+    house.assert_succeeded_once(id)
+    assert house.attempts(id) == 1
+
+
 @pytest.fixture
 def webhook() -> Iterator[tuple[str, list[str]]]:
     """The address of a server, and what it was asked for."""
