@@ -41,7 +41,7 @@ SENTINEL = """
 port {port}
 dir {folder}
 sentinel monitor shop 127.0.0.1 {master} 2
-sentinel down-after-milliseconds shop 2000
+sentinel down-after-milliseconds shop 600000
 sentinel failover-timeout shop 5000
 """
 
@@ -114,6 +114,12 @@ class Group:
             master.acl_setuser("default", commands=["-psync", "-sync"], reset=False)
             master.execute_command("CLIENT", "KILL", "TYPE", "replica")
 
+    def fail_over(self, *sentinels: int) -> None:
+        """Let these believe that the master is down after 4 s; until now they would not have."""
+        for port in sentinels:
+            with Redis(port=port) as sentinel:
+                sentinel.sentinel_set("shop", "down-after-milliseconds", 4000)
+
     def end(self) -> None:
         for each in self.processes.values():
             each.kill()  # also one that is stopped
@@ -125,6 +131,7 @@ class Stack:
 
     def __init__(self, group: Group, http: httpx.Client, worker: BaseProcess):
         self.group, self.http, self.worker = group, http, worker
+        self.slowest_s = 0.0
 
     def ask(self, seed: int, **changed: Any) -> httpx.Response:
         body = {"prompt": "a cat", "seed": seed, "steps": 20, "safety": {"level": "max"}}
@@ -146,28 +153,32 @@ class Stack:
     def await_progress(self, id: str) -> None:
         wait(lambda: (self.fetch(id)["progress"] or {}).get("step"), "step")
 
-    def through_the_outage(self, known: str) -> str:
-        """Ask until a generation is accepted again; its id. Each no before it is as promised."""
-        began, slowest = time.monotonic(), 0.0
-        refusals = {"/generate": 0, f"/generations/{known}": 0, "/readyz": 0}
-        while True:
-            accepted = self.ask(99)
-            others = [self.http.get(path) for path in list(refusals)[1:]]
-            for path, answer in zip(refusals, (accepted, *others), strict=True):
-                if answer.status_code == 503:
-                    assert answer.headers["content-type"] == "application/problem+json"
-                    assert 1 <= int(answer.headers["retry-after"]) <= 10
-                    slowest = max(slowest, answer.elapsed.total_seconds())
-                    refusals[path] += 1
-                else:
-                    assert answer.status_code == (202 if path == "/generate" else 200), answer.text
-            if accepted.status_code == 202:
-                break
+    def is_refused(self, answer: httpx.Response) -> bool:
+        """Whether it is a 503, which then is as promised."""
+        if answer.status_code != 503:
+            return False
+        assert answer.headers["content-type"] == "application/problem+json"
+        assert 1 <= int(answer.headers["retry-after"]) <= 10
+        took_s = answer.elapsed.total_seconds()
+        assert took_s < AT_ONCE_S
+        self.slowest_s = max(self.slowest_s, took_s)
+        return True
+
+    def through_the_outage(self, known: str, *sentinels: int) -> str:
+        """Ask while no master answers, let there be one, ask until a generation is accepted; its
+        id."""
+        paths = f"/generations/{known}", "/readyz"
+        answers = [self.ask(98), *map(self.http.get, paths)]
+        assert all(map(self.is_refused, answers))
+        self.group.fail_over(*sentinels)
+        began = time.monotonic()
+        while self.is_refused(accepted := self.ask(99)):
             assert time.monotonic() < began + PATIENCE_S, "no new master"
-        assert all(refusals.values())
-        assert slowest < AT_ONCE_S
-        took_s = time.monotonic() - began
-        NOTES.append(f"fail-over: accepted again after {took_s:.1f} s, slowest 503 {slowest:.2f} s")
+            for path in paths:
+                answer = self.http.get(path)
+                assert self.is_refused(answer) or answer.status_code == 200, answer.text
+        assert accepted.status_code == 202, accepted.text
+        NOTES.append(f"fail-over: the slowest 503 took {self.slowest_s:.2f} s")
         return str(accepted.json()["id"])
 
     def assert_made_once(self, *ids: str) -> None:
@@ -222,7 +233,7 @@ def test_when_the_master_is_killed_what_the_replica_has_is_made_once(stack: Stac
     group.processes[group.master].kill()
     group.processes[group.master].wait()
 
-    accepted = stack.through_the_outage(ids[3])
+    accepted = stack.through_the_outage(ids[3], *group.sentinels)
     gone = stack.http.get(f"/generations/{lost}")
     assert (gone.status_code, gone.json()["type"]) == (404, "/problems/not-found")
     assert "Redis lost it in a failure" in gone.json()["detail"]
@@ -275,7 +286,7 @@ def test_when_the_host_of_the_master_hangs_nobody_waits_for_it(stack: Stack) -> 
     group.await_replication()
     for each in host:
         os.kill(each.pid, signal.SIGSTOP)
-    accepted = stack.through_the_outage(ids[2])
+    accepted = stack.through_the_outage(ids[2], *group.sentinels[1:])
     stack.await_ready()
     stack.assert_made_once(*ids, accepted)
 
