@@ -111,7 +111,7 @@ class Group:
     def stop_replication(self) -> None:
         """From now on nothing reaches the replica, which goes on trying."""
         with Redis(port=self.master) as master:
-            master.acl_setuser("default", commands=["-psync", "-sync"], reset=False)
+            master.execute_command("ACL", "SETUSER", "default", "-psync", "-sync")
             master.execute_command("CLIENT", "KILL", "TYPE", "replica")
 
     def fail_over(self, *sentinels: int) -> None:
@@ -237,12 +237,12 @@ def test_when_the_master_is_killed_what_the_replica_has_is_made_once(stack: Stac
     gone = stack.http.get(f"/generations/{lost}")
     assert (gone.status_code, gone.json()["type"]) == (404, "/problems/not-found")
     assert "Redis lost it in a failure" in gone.json()["detail"]
+    group.start(group.master)
     stack.await_ready()
     stack.assert_made_once(*ids, accepted)
     holding.join()
     assert ends[0]["status"] == "succeeded"
 
-    group.start(group.master)
     wait(lambda: group.is_replica(group.master), "replica that was the master")
     stack.await_ready()
     stack.assert_made_once(*[stack.submit(seed) for seed in range(60, 63)])
@@ -287,11 +287,11 @@ def test_when_the_host_of_the_master_hangs_nobody_waits_for_it(stack: Stack) -> 
     for each in host:
         os.kill(each.pid, signal.SIGSTOP)
     accepted = stack.through_the_outage(ids[2], *group.sentinels[1:])
+    for each in host:
+        os.kill(each.pid, signal.SIGCONT)
     stack.await_ready()
     stack.assert_made_once(*ids, accepted)
 
-    for each in host:
-        os.kill(each.pid, signal.SIGCONT)
     wait(lambda: group.is_replica(group.master), "replica that was the master")
     long = stack.submit(70, steps=500)
     stack.await_progress(long)
