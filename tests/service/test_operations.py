@@ -192,6 +192,10 @@ def test_asked_to_end_it_lets_who_waits_go_first(redis_url: str, connection: Red
             "SAFELATENT_PORT is 'http'",
         ),
         ({"REDIS_URL": "redis://localhost", "SAFELATENT_STORE_URL": "zz://x"}, "'zz://x'"),
+        (
+            {"REDIS_URL": "redis://localhost", "SAFELATENT_WEBHOOK_SECRET": "whsec_canary"},
+            "SAFELATENT_WEBHOOK_SECRET: a webhook secret is",
+        ),
     ],
 )
 def test_a_wrong_setting_is_one_sentence(environment: dict[str, str], words: str) -> None:
@@ -200,6 +204,7 @@ def test_a_wrong_setting_is_one_sentence(environment: dict[str, str], words: str
     )
     assert done.returncode == 1
     assert words in done.stderr
+    assert "canary" not in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 
