@@ -223,13 +223,15 @@ class AsyncClient:
         because its task is cancelled, the generation is cancelled: nobody else would know it.
         `submit` makes one that outlives its caller.
         """
+        deadline = _deadline(timeout)
         generation = await self.submit(prompt, idempotency_key=idempotency_key, **fields)
         try:
             if on_event and not generation.status.is_terminal:
-                async with aclosing(self.events(generation.id, timeout=timeout)) as events:
+                left_s = _left_s(deadline)
+                async with aclosing(self.events(generation.id, timeout=left_s)) as events:
                     async for event in events:
                         on_event(event)
-            return (await generation.wait(timeout=timeout)).raise_for_status()
+            return (await generation.wait(timeout=_left_s(deadline))).raise_for_status()
         except errors.SafelatentError:
             raise
         except BaseException:
@@ -284,10 +286,9 @@ class AsyncClient:
         After `timeout` seconds it raises `StillRunning`. It goes on while the service is away for
         a shorter time than the client's own `timeout`.
         """
-        deadline = time.monotonic() + (math.inf if timeout is None else timeout)
+        deadline = _deadline(timeout)
         while True:
-            left_s = deadline - time.monotonic()
-            wait_s = math.ceil(min(max(left_s, 0), HOLD_S))
+            wait_s = math.ceil(min(_left_s(deadline), HOLD_S))
             path = f"/generations/{id}"
             try:
                 generation = await self._send(
@@ -298,8 +299,10 @@ class AsyncClient:
                 raise
             if generation.status.is_terminal:
                 return generation
-            if time.monotonic() >= deadline:
-                said = f"generation {id} is {generation.status} after {timeout:g} s, and goes on"
+            if not _left_s(deadline):
+                said = (
+                    f"its timeout has passed; generation {id} is {generation.status}, and goes on"
+                )
                 still = errors.StillRunning(said)
                 still.generation = generation
                 raise still
@@ -317,11 +320,11 @@ class AsyncClient:
         Finished
 
         A broken line is taken up again where it broke. An event's `id` as `last_event_id` goes on
-        after it: who has seen the end gets nothing.
+        after it: who has seen the end gets nothing. After `timeout` seconds it just ends.
         """
-        deadline = time.monotonic() + (math.inf if timeout is None else timeout)
+        deadline = _deadline(timeout)
         seen = last_event_id
-        while time.monotonic() < deadline:
+        while _left_s(deadline):
             headers = {"Accept": EVENT_STREAM} | ({"Last-Event-ID": seen} if seen else {})
             call = Call("GET", f"/generations/{id}/events", bytes, headers=headers, patient=True)
             response = await self._exchange(call, stream=True)
@@ -332,9 +335,11 @@ class AsyncClient:
                     return
                 if not response.headers["Content-Type"].startswith(EVENT_STREAM):
                     raise errors.ServiceError(f"{response.url} is no stream of events")
+                # The answer has begun; how long its next piece may take is ours to say anew.
+                response.request.extensions["timeout"]["read"] = min(QUIET_S, _left_s(deadline))
                 parser = sse.Parser()
                 async for chunk in response.aiter_bytes():
-                    if time.monotonic() > deadline:
+                    if not _left_s(deadline):
                         return
                     for message in parser.feed(chunk):
                         seen = message.id or seen
@@ -342,6 +347,8 @@ class AsyncClient:
                             yield event
                         if isinstance(event, Finished):
                             return
+                    if chunk.startswith(b":") and _left_s(deadline) < QUIET_S:
+                        break  # nothing happens, and the next piece may come too late
             except httpx.TransportError:
                 pass  # the line broke, or was silent for too long
             finally:
@@ -492,6 +499,15 @@ class AsyncClient:
             case "finished":
                 return Finished(self._generation(data), message.id)
         return None  # of a newer service
+
+
+def _deadline(timeout: float | None) -> float:
+    """By `time.monotonic`."""
+    return time.monotonic() + (math.inf if timeout is None else timeout)
+
+
+def _left_s(deadline: float) -> float:
+    return max(deadline - time.monotonic(), 0)
 
 
 def _bound(client: AsyncClient | None) -> AsyncClient:

@@ -225,13 +225,15 @@ class Client:
         because its task is cancelled, the generation is cancelled: nobody else would know it.
         `submit` makes one that outlives its caller.
         """
+        deadline = _deadline(timeout)
         generation = self.submit(prompt, idempotency_key=idempotency_key, **fields)
         try:
             if on_event and not generation.status.is_terminal:
-                with closing(self.events(generation.id, timeout=timeout)) as events:
+                left_s = _left_s(deadline)
+                with closing(self.events(generation.id, timeout=left_s)) as events:
                     for event in events:
                         on_event(event)
-            return (generation.wait(timeout=timeout)).raise_for_status()
+            return (generation.wait(timeout=_left_s(deadline))).raise_for_status()
         except errors.SafelatentError:
             raise
         except BaseException:
@@ -286,10 +288,9 @@ class Client:
         After `timeout` seconds it raises `StillRunning`. It goes on while the service is away for
         a shorter time than the client's own `timeout`.
         """
-        deadline = time.monotonic() + (math.inf if timeout is None else timeout)
+        deadline = _deadline(timeout)
         while True:
-            left_s = deadline - time.monotonic()
-            wait_s = math.ceil(min(max(left_s, 0), HOLD_S))
+            wait_s = math.ceil(min(_left_s(deadline), HOLD_S))
             path = f"/generations/{id}"
             try:
                 generation = self._send(
@@ -300,8 +301,10 @@ class Client:
                 raise
             if generation.status.is_terminal:
                 return generation
-            if time.monotonic() >= deadline:
-                said = f"generation {id} is {generation.status} after {timeout:g} s, and goes on"
+            if not _left_s(deadline):
+                said = (
+                    f"its timeout has passed; generation {id} is {generation.status}, and goes on"
+                )
                 still = errors.StillRunning(said)
                 still.generation = generation
                 raise still
@@ -319,11 +322,11 @@ class Client:
         Finished
 
         A broken line is taken up again where it broke. An event's `id` as `last_event_id` goes on
-        after it: who has seen the end gets nothing.
+        after it: who has seen the end gets nothing. After `timeout` seconds it just ends.
         """
-        deadline = time.monotonic() + (math.inf if timeout is None else timeout)
+        deadline = _deadline(timeout)
         seen = last_event_id
-        while time.monotonic() < deadline:
+        while _left_s(deadline):
             headers = {"Accept": EVENT_STREAM} | ({"Last-Event-ID": seen} if seen else {})
             call = Call("GET", f"/generations/{id}/events", bytes, headers=headers, patient=True)
             response = self._exchange(call, stream=True)
@@ -334,9 +337,11 @@ class Client:
                     return
                 if not response.headers["Content-Type"].startswith(EVENT_STREAM):
                     raise errors.ServiceError(f"{response.url} is no stream of events")
+                # The answer has begun; how long its next piece may take is ours to say anew.
+                response.request.extensions["timeout"]["read"] = min(QUIET_S, _left_s(deadline))
                 parser = sse.Parser()
                 for chunk in response.iter_bytes():
-                    if time.monotonic() > deadline:
+                    if not _left_s(deadline):
                         return
                     for message in parser.feed(chunk):
                         seen = message.id or seen
@@ -344,6 +349,8 @@ class Client:
                             yield event
                         if isinstance(event, Finished):
                             return
+                    if chunk.startswith(b":") and _left_s(deadline) < QUIET_S:
+                        break  # nothing happens, and the next piece may come too late
             except httpx.TransportError:
                 pass  # the line broke, or was silent for too long
             finally:
@@ -489,6 +496,15 @@ class Client:
             case "finished":
                 return Finished(self._generation(data), message.id)
         return None  # of a newer service
+
+
+def _deadline(timeout: float | None) -> float:
+    """By `time.monotonic`."""
+    return time.monotonic() + (math.inf if timeout is None else timeout)
+
+
+def _left_s(deadline: float) -> float:
+    return max(deadline - time.monotonic(), 0)
 
 
 def _bound(client: Client | None) -> Client:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +16,8 @@ from safelatent.client import asynchronous, synchronous
 
 ID = "0b1c"
 BASE = "http://service/prefix"
+HEARTBEAT_S = 15
+"""How often the service says something on a stream where nothing happens."""
 
 
 def generation(status: str, **more: Any) -> dict[str, Any]:
@@ -263,10 +266,31 @@ def test_a_wait_ends_when_the_service_stays_away(talking_to: Any) -> None:
 
 def test_a_wait_that_ran_out_of_time_leaves_the_generation(talking_to: Any) -> None:
     client, service = talking_to(says(generation("queued"), 202), says(generation("running")))
-    with pytest.raises(errors.StillRunning, match="is running after 0 s, and goes on") as caught:
+    with pytest.raises(errors.StillRunning, match="is running, and goes on") as caught:
         client.generate("a cat", timeout=0)
     assert caught.value.generation is not None and caught.value.generation.id == ID
     assert len(service.asked) == 2
+
+
+def test_listening_and_waiting_share_one_timeout(either: Any, running_service: Any) -> None:
+    address, _ = running_service  # nobody works there, so its stream is silent
+    asked = list[httpx.Request]()
+
+    def note(request: httpx.Request) -> None:
+        asked.append(request)
+
+    async def async_note(request: httpx.Request) -> None:
+        asked.append(request)
+
+    http = httpx.Client if either.kind is Client else httpx.AsyncClient
+    hook = note if either.kind is Client else async_note
+    client = either(address, http_client=http(event_hooks={"request": [hook]}, trust_env=False))
+    began = time.monotonic()
+    with pytest.raises(errors.StillRunning):
+        client.generate("a cat", on_event=print, timeout=1)
+    assert time.monotonic() - began < HEARTBEAT_S  # no word of the service ended it
+    assert [request.url.path.rpartition("/")[2] for request in asked[:2]] == ["generate", "events"]
+    assert "Prefer" not in asked[-1].headers  # the line is not held once more
 
 
 @pytest.mark.parametrize("leaving", [KeyboardInterrupt, asyncio.CancelledError, ZeroDivisionError])
