@@ -61,6 +61,8 @@ class Mailbox:
     queued: Generation | None = None
     """The generation while its place in the queue is news."""
     place: Place | None = None
+    position: int | None = None
+    """The last that was brought: the same one again is no news, and must not break a silence."""
     finished: asyncio.Event = field(default_factory=asyncio.Event)
     news: asyncio.Event = field(default_factory=asyncio.Event)
     """Set by all news; those who wait for the end only are woken by `finished` alone."""
@@ -174,8 +176,9 @@ class Waiting:
                 continue
             for id in queued.keys() & places.keys() & self._mailboxes.keys():
                 for mailbox in self._mailboxes[id]:
-                    mailbox.place = places[id]
-                    mailbox.news.set()
+                    if mailbox.position != places[id].position:
+                        mailbox.place, mailbox.position = places[id], places[id].position
+                        mailbox.news.set()
 
     def _deliver(self, stream_id: str, news: dict[str, News]) -> None:
         self.position = stream_id
