@@ -230,7 +230,7 @@ def test_its_python_runs(block: Block, request: pytest.FixtureRequest, tmp_path:
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "WEBHOOK_SECRET": SECRET},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "SAFELATENT_WEBHOOK_SECRET": SECRET},
         capture_output=True,
         text=True,
         timeout=300,
@@ -245,6 +245,7 @@ def test_its_toml_is_a_policy(
     block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ACME_WEBHOOK_SECRET", SECRET)
+    monkeypatch.setenv("SAFELATENT_WEBHOOK_SECRET", SECRET)
     (tmp_path / "acme-old").write_text(SECRET)
     path = tmp_path / "policy.toml"
     path.write_text(block.text.replace("/run/secrets", str(tmp_path)))

@@ -388,7 +388,7 @@ def test_the_receiver_of_the_docs(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv("WEBHOOK_SECRET", SECRET)
+    monkeypatch.setenv("SAFELATENT_WEBHOOK_SECRET", SECRET)
     page = (Path(__file__).parents[2] / "docs" / "webhooks.md").read_text()
     example: dict[str, Any] = {}
     exec(re.search("```python\n(.*?)```", page, re.DOTALL)[1], example)  # type: ignore[index]
