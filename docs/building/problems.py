@@ -1,24 +1,16 @@
 """A page for each type of problem: what it means, from the class, and what to do about it."""
 
 import inspect
-import re
 from collections.abc import Iterator
-from pathlib import Path
 
 from safelatent.errors import ERRORS, PROBLEM_TYPE, SafelatentError
+from service.advice import ADVICE
 
-ROW = re.compile(r"^\| `(?P<slug>[a-z-]+)` \| (?P<cause>.+?) \| (?P<cure>.+?) \|$", re.MULTILINE)
 BRANCHES = {
     "request-error": "The request cannot be served as it is: the same one would fail again.",
     "service-error": "The service has trouble: the same request may succeed later.",
     "job-error": "The request was accepted, and its generation did not succeed.",
 }
-
-
-def advice(troubleshooting: Path) -> dict[str, tuple[str, str]]:
-    """(Usual cause, what to do) by slug, from the tables of docs/troubleshooting.md."""
-    rows = ROW.finditer(troubleshooting.read_text())
-    return {row["slug"]: (row["cause"], row["cure"]) for row in rows}
 
 
 def branch(cls: type[SafelatentError]) -> str | None:
@@ -27,9 +19,8 @@ def branch(cls: type[SafelatentError]) -> str | None:
     return next((slug for slug in slugs if slug in BRANCHES), None)
 
 
-def pages(troubleshooting: Path) -> Iterator[tuple[str, str]]:
+def pages() -> Iterator[tuple[str, str]]:
     """(Slug, Markdown) of every class of the tree."""
-    advised = advice(troubleshooting)
     for slug, cls in ERRORS.items():
         lines = [
             f"# `{slug}`",
@@ -42,8 +33,8 @@ def pages(troubleshooting: Path) -> Iterator[tuple[str, str]]:
         ]
         if within := branch(cls):
             lines += ["", BRANCHES[within]]
-        if slug in advised:
-            cause, cure = advised[slug]
+        if slug in ADVICE:
+            cause, cure = ADVICE[slug]
             lines += ["", "## Usual cause", "", cause, "", "## What to do", "", cure]
         lines += ["", "[All problems](../troubleshooting.md)"]
         yield slug, "\n".join(lines) + "\n"

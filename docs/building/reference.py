@@ -24,7 +24,7 @@ def write(docs: Path) -> None:
         "reference/cli": cli(),
         "reference/problems": problems.index(),
     }
-    for slug, page in problems.pages(docs / "troubleshooting.md"):
+    for slug, page in problems.pages():
         made[f"problems/{slug}"] = page
     for folder in ("reference", "problems"):
         (docs / folder).mkdir(exist_ok=True)

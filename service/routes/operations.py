@@ -14,6 +14,7 @@ from safelatent.errors import (
     NotReady,
     QueueUnavailable,
 )
+from service.advice import ADVICE
 from service.parts import TheParts
 from service.problems import documented
 
@@ -35,6 +36,9 @@ class ProblemType(BaseModel):
     title: str
     status: int
     explanation: str
+    cause: str | None = None
+    """The usual one; a problem that only stands for others has none, and no cure."""
+    cure: str | None = None
 
 
 @router.get("/healthz", summary="Is the process alive?", responses=documented())
@@ -71,13 +75,16 @@ def metrics(request: Request, parts: TheParts) -> Response:
     responses=documented(NotFound, InvalidRequest),
 )
 async def explain(slug: str) -> ProblemType:
-    """What the `type` of a problem means."""
+    """What the `type` of a problem means, its usual cause, and what to do."""
     if slug not in ERRORS:
         raise NotFound(f"there is no problem {slug!r}; there are: {', '.join(ERRORS)}")
     cls = ERRORS[slug]
+    cause, cure = ADVICE.get(slug, (None, None))
     return ProblemType(
         type=PROBLEM_TYPE + slug,
         title=cls.title,
         status=cls.status,
         explanation=inspect.getdoc(cls) or "",
+        cause=cause,
+        cure=cure,
     )

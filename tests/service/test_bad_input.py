@@ -163,6 +163,7 @@ def test_every_problem_type_is_a_page_that_explains_it(http: httpx.Client) -> No
     page = http.get(problem["type"]).raise_for_status().json()
     assert page["title"] == problem["title"]
     assert page["explanation"] == "A field has a value that cannot be."
+    assert page["cause"].startswith("A field is wrong") and "`errors`" in page["cure"]
 
 
 TEXT = st.text(max_size=20)
