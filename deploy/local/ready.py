@@ -14,7 +14,23 @@ import urllib.request
 from pathlib import Path
 
 URL = os.environ["SAFELATENT_URL"]
-BODY = '{"prompt": "a cat on the moon"}'
+KEY = " \\\n  -H 'Authorization: Bearer <key>'" if os.environ.get("SAFELATENT_POLICY_FILE") else ""
+RULE = "=" * 74
+READY = f"""
+{RULE}
+  safelatent is ready at {URL}
+
+  Try it, in another terminal:
+
+curl -sS {URL}/generate -H 'Prefer: wait=60'{KEY} \\
+  -H 'Content-Type: application/json' -d '{{"prompt": "a cat on the moon"}}'
+
+  A page to try it   make playground
+  Every call         {URL}/docs
+  Where to read on   docs/start.md, docs/troubleshooting.md
+  Log each request   SAFELATENT_LOG_LEVEL=INFO make run
+  Stop               Ctrl-C
+{RULE}"""
 
 
 def wait_until_ready() -> None:
@@ -62,8 +78,7 @@ def main() -> int:
     wait_until_ready()
     if prompt := os.environ.get("ONCE"):
         return generate(prompt)
-    curl = f"curl -sS {URL}/generate -H 'Content-Type: application/json' -H 'Prefer: wait=60'"
-    print(f"safelatent is ready at {URL}: {curl} -d '{BODY}'")
+    print(READY)
     signal.pause()
     return 0
 

@@ -206,6 +206,7 @@ def environment() -> dict[str, str]:
     env.setdefault("SAFELATENT_HOST", "127.0.0.1")
     env.setdefault("SAFELATENT_PORT", "8000")
     env.setdefault("SAFELATENT_LOG_FORMAT", "console")
+    env["SAFELATENT_LOG_LEVEL"] = env.get("SAFELATENT_LOG_LEVEL") or "WARNING"
     state = ROOT / env.setdefault("STATE", ".safelatent")
     env.setdefault("SAFELATENT_STORE_URL", f"file://{state / 'store'}")
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(env["SAFELATENT_HOST"], env["SAFELATENT_HOST"])
@@ -229,6 +230,7 @@ def main() -> int:
         else:
             folder = socket_folder(ROOT / env["STATE"], stack)
             env["REDIS_URL"] = f"unix://{quote(str(folder / 'redis.sock'))}"
+        print("safelatent: starting; the model takes a moment to load", file=sys.stderr)
         return asyncio.run(run(commands, env))
 
 
