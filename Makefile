@@ -64,14 +64,34 @@ clean: ## remove the environment, the local state and every cache, but no traini
 	rm -rf $(VENV) dist docs/reference docs/problems .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
+# What pip was killed at has no RECORD, which pip would take for installed.
+define install
+if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+  echo "safelatent: $(VENV) was left half made; it is made anew" >&2; \
+  $(PYTHON) -m venv --clear $(VENV) || exit 1; \
+fi; \
+for part in $(VENV)/lib/python*/site-packages/{~*,*.dist-info}; do \
+  if [[ -e $$part && ! -e $$part/RECORD || $$part == */~* ]] && rm -r "$$part" 2>/dev/null; then \
+    echo "safelatent: $${part##*/} was left half installed; it is installed again" >&2; \
+  fi; \
+done; \
+echo "safelatent: installing [$(1)] into $(VENV)"; \
+$(BIN)/python -m pip install --disable-pip-version-check -e ".[$(1)]" -c constraints.txt || { \
+  echo "safelatent: not installed; pip says why above. Nothing is lost: then the same make again" >&2; \
+  exit 1; \
+}; \
+touch $@
+endef
+
 # The environment follows pyproject.toml and constraints.txt, and nothing else re-installs it.
 $(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --disable-pip-version-check -e ".[$(EXTRAS)]" -c constraints.txt
-	@touch $@
+	@$(call install,$(EXTRAS))
 
 $(TOOLS): pyproject.toml constraints.txt $(INSTALLED)
-	$(BIN)/python -m pip install --disable-pip-version-check -e ".[$(TOOL_EXTRAS)]" -c constraints.txt
-	@touch $@
+	@$(call install,$(TOOL_EXTRAS))
+
+# Its Python went away (an upgrade of the system's), or pip never came: nothing in it counts.
+$(if $(wildcard $(BIN)/python),,$(shell rm -f $(INSTALLED) $(TOOLS)))
 
 $(BIN)/python:
 	@command -v $(PYTHON) >/dev/null || \
@@ -80,4 +100,4 @@ $(BIN)/python:
 	  { echo "safelatent: $$($(PYTHON) --version) is too old; Python 3.11 or newer is needed: make PYTHON=..." >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 	  { echo "safelatent: $(PYTHON) cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv --clear $(VENV)
