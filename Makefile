@@ -77,7 +77,7 @@ for part in $(VENV)/lib/python*/site-packages/{~*,*.dist-info}; do \
 done; \
 echo "safelatent: installing [$(1)] into $(VENV)"; \
 $(BIN)/python -m pip install --disable-pip-version-check -e ".[$(1)]" -c constraints.txt || { \
-  echo "safelatent: not installed; pip says why above. Nothing is lost: then the same make again" >&2; \
+  echo "safelatent: not installed; pip says why above. Put that right, and say the same make again" >&2; \
   exit 1; \
 }; \
 touch $@
