@@ -18,21 +18,20 @@
     setTimeout(() => (target.textContent = "Copy"), 2000);
   });
 
-  // Gradio gives each radio button a name of its own, so arrow keys would not move between them.
-  document.addEventListener("keydown", (event) => {
-    const step = { ArrowLeft: -1, ArrowUp: -1, ArrowRight: 1, ArrowDown: 1 }[event.key];
-    if (!step || !event.target.matches(".levels input")) return;
-    event.preventDefault();
-    const all = [...event.target.closest(".levels").querySelectorAll("input")];
-    const next = all[(all.indexOf(event.target) + step + all.length) % all.length];
-    next.focus();
-    next.click();
-  });
+  // Gradio gives each radio button a name of its own, and a new one when it is chosen. With one name
+  // they are a group to the browser: one stop of the tab key, and arrow keys that move in it.
+  for (const group of document.querySelectorAll(".levels")) {
+    const join = () => {
+      for (const each of group.querySelectorAll("input")) if (each.name !== group.id) each.name = group.id;
+    };
+    new MutationObserver(join).observe(group, { childList: true, subtree: true, attributeFilter: ["name"] });
+    join();
+  }
 
   // On a narrow screen what was drawn is below what was pressed.
   new MutationObserver(() => {
     if (matchMedia("(max-width: 940px)").matches && document.querySelector("#results .facts, #results .alert"))
-      document.getElementById("seen").scrollIntoView({ behavior: "smooth" });
+      document.querySelector("#results :is(.stage, .alert)").scrollIntoView({ behavior: "smooth" });
   }).observe(document.getElementById("results"), { childList: true, subtree: true });
 
   for (const group of document.querySelectorAll(".levels"))

@@ -116,37 +116,43 @@ def build(talk: Talk, url: str, shown_url: str, has_key: bool) -> gr.Blocks:
             service = gr.HTML(_service(None), elem_id="service", apply_default_css=False)
         with gr.Row(elem_id="columns"):
             with gr.Column(elem_id="controls", min_width=280):
-                prompt = gr.Textbox(
-                    EXAMPLES[0], label="Prompt", lines=2, max_lines=6, elem_id="prompt"
-                )
-                with gr.Row(elem_id="examples"):
-                    tries = [gr.Button(each, size="sm", min_width=0) for each in EXAMPLES]
-                level_a = gr.Radio(label="Level A", elem_classes="levels", elem_id="level-a")
-                level_b = gr.Radio(label="Level B", elem_classes="levels", elem_id="level-b")
-                with gr.Row(elem_id="buttons"):
-                    go = gr.Button("Draw both", variant="primary", elem_id="go")
-                    stop = gr.Button("Stop", visible=False, elem_id="stop")
-                told = gr.HTML("", elem_id="told", apply_default_css=False)
-                bars = gr.HTML("", elem_id="bars", apply_default_css=False)
-                with gr.Row(elem_id="seeds"):
-                    seed = gr.Number(
-                        3, label="Seed", precision=0, minimum=0, elem_id="seed", min_width=120
+                with gr.Column(elem_id="ask"):
+                    prompt = gr.Textbox(
+                        EXAMPLES[0], label="Prompt", lines=2, max_lines=6, elem_id="prompt"
                     )
-                    another = gr.Button("New seed", size="sm", min_width=90, elem_id="another")
-                withhold = gr.Checkbox(
-                    True, label="Withhold pictures that a check flags", elem_id="withhold"
-                )
-                with gr.Accordion("Concepts, steps, guidance, model", open=False, elem_id="more"):
-                    concepts = gr.Textbox(
-                        label="Concepts",
-                        info=CONCEPTS_INFO,
-                        lines=4,
-                        max_lines=8,
-                        elem_id="concepts",
+                    with gr.Row(elem_id="examples"):
+                        tries = [gr.Button(each, size="sm", min_width=0) for each in EXAMPLES]
+                    with gr.Row(elem_id="buttons"):
+                        go = gr.Button("Draw both", variant="primary", elem_id="go")
+                        stop = gr.Button("Stop", visible=False, elem_id="stop")
+                    told = gr.HTML("", elem_id="told", apply_default_css=False)
+                    bars = gr.HTML("", elem_id="bars", apply_default_css=False)
+                with gr.Column(elem_id="settings"):
+                    level_a = gr.Radio(label="Level A", elem_classes="levels", elem_id="level-a")
+                    level_b = gr.Radio(label="Level B", elem_classes="levels", elem_id="level-b")
+                    with gr.Row(elem_id="seeds"):
+                        seed = gr.Number(
+                            3, label="Seed", precision=0, minimum=0, elem_id="seed", min_width=120
+                        )
+                        another = gr.Button("New seed", size="sm", min_width=90, elem_id="another")
+                    withhold = gr.Checkbox(
+                        True, label="Withhold pictures that a check flags", elem_id="withhold"
                     )
-                    steps = gr.Slider(1, 100, 25, step=1, label="Steps", elem_id="steps-asked")
-                    guidance = gr.Slider(0, 20, 7.5, step=0.5, label="Guidance", elem_id="guidance")
-                    model = gr.Dropdown(label="Model", elem_id="model")
+                    with gr.Accordion(
+                        "Concepts, steps, guidance, model", open=False, elem_id="more"
+                    ):
+                        concepts = gr.Textbox(
+                            label="Concepts",
+                            info=CONCEPTS_INFO,
+                            lines=4,
+                            max_lines=8,
+                            elem_id="concepts",
+                        )
+                        steps = gr.Slider(1, 100, 25, step=1, label="Steps", elem_id="steps-asked")
+                        guidance = gr.Slider(
+                            0, 20, 7.5, step=0.5, label="Guidance", elem_id="guidance"
+                        )
+                        model = gr.Dropdown(label="Model", elem_id="model")
             with gr.Column(elem_id="seen"):
                 results = gr.HTML(render.empty(), elem_id="results", apply_default_css=False)
 

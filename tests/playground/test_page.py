@@ -110,6 +110,13 @@ def test_what_is_there_to_copy_makes_the_same_picture_again(wide, service, tmp_p
     assert answer["status"] == "succeeded" and answer["request"] == made["request"]
 
 
+def test_on_a_telephone_the_pictures_come_before_the_settings(narrow):
+    draw(narrow)
+    shown = ["#prompt", "#go", "#results .stage", "#level-a", "#more", "#results .facts"]
+    tops = [narrow.locator(each).bounding_box()["y"] for each in shown]
+    assert tops == sorted(tops)
+
+
 def test_the_keyboard_alone_is_enough(narrow):
     def press(key: str, until: str) -> None:
         for _ in range(40):
@@ -123,7 +130,9 @@ def test_the_keyboard_alone_is_enough(narrow):
     narrow.keyboard.type("a panda in the snow")
     press("Tab", "#level-b input")
     press("ArrowRight", "#level-b input[value=max]")
-    press("Tab", "#go")
+    narrow.keyboard.press("Shift+Tab")  # a group of levels is one stop
+    assert narrow.evaluate("document.activeElement.matches('#level-a input:checked')")
+    press("Shift+Tab", "#go")
     draw(narrow, lambda: narrow.keyboard.press("Enter"))
     assert narrow.evaluate(PICTURES)[1][2] == "B: a panda in the snow, level max, seed 3"
     press("Tab", ".cut")
