@@ -91,7 +91,7 @@ $(TOOLS): pyproject.toml constraints.txt $(INSTALLED)
 	@$(call install,$(TOOL_EXTRAS))
 
 # Its Python went away (an upgrade of the system's), or pip never came: nothing in it counts.
-$(if $(wildcard $(BIN)/python),,$(shell rm -f $(INSTALLED) $(TOOLS)))
+$(shell test -x $(BIN)/python || rm -f $(INSTALLED) $(TOOLS))
 
 $(BIN)/python:
 	@command -v $(PYTHON) >/dev/null || \
