@@ -25,10 +25,11 @@ import logging, signal, sys
 from redis import Redis
 from worker.supervisor import Supervisor
 logging.basicConfig(level="INFO")
-url, stall, pause, *command = sys.argv[1:]
+url, stall, load_timeout, pause, *command = sys.argv[1:]
 connection = Redis.from_url(url, socket_connect_timeout=2)
 stall_s = float(stall) if float(stall) else None
-supervisor = Supervisor(connection, stall_s, command, [float(pause), 2 * float(pause)])
+pauses_s = [float(pause), 2 * float(pause)]
+supervisor = Supervisor(connection, stall_s, float(load_timeout), command, pauses_s)
 signal.signal(signal.SIGTERM, supervisor.forward)
 sys.exit(supervisor.run())
 """
@@ -42,10 +43,12 @@ class Watch:
         self.log = folder / "log"
         self.started: list[subprocess.Popen[bytes]] = []
 
-    def start(self, end: str, stall_s: float = 0, pause_s: float = 0) -> subprocess.Popen[bytes]:
+    def start(
+        self, end: str, stall_s: float = 0, load_timeout_s: float = 1800, pause_s: float = 0
+    ) -> subprocess.Popen[bytes]:
         """A supervisor whose child ends as told; see `tests.worker.played_child`."""
         child = [sys.executable, "-m", "tests.worker.played_child", end, str(self.folder)]
-        options = [self.redis_url, str(stall_s), str(pause_s)]
+        options = [self.redis_url, str(stall_s), str(load_timeout_s), str(pause_s)]
         with self.log.open("a") as log:
             self.started.append(
                 subprocess.Popen(
@@ -178,6 +181,17 @@ def test_a_child_that_takes_no_step_says_where_it_is_and_is_killed(watch):
     said = watch.log.read_text()
     assert "no step for" in said
     assert 'played_child.py", line' in said  # its stack
+
+
+def test_a_child_that_never_gets_warm_says_where_it_is_and_is_started_again_ever_later(watch):
+    watch.start("load", load_timeout_s=1.5, pause_s=1)
+    child = watch.await_ready()
+    watch.wait(lambda: len(watch.lives()) >= 3, "third life")
+    assert not is_alive(child)
+    said = watch.log.read_text()
+    assert "not warm after" in said and 'played_child.py", line' in said
+    starts = [start for _, start in watch.lives()]
+    assert starts[1] - starts[0] >= 1.5 + 1 and starts[2] - starts[1] >= 1.5 + 2
 
 
 def test_a_supervisor_that_was_frozen_does_not_blame_its_child(watch):
