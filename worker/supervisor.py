@@ -76,6 +76,8 @@ class Supervisor:
         while True:
             code, was_warm_s = self._live()
             self._bury()
+            if code == -signal.SIGTERM and self._asked_to_end.is_set():
+                return 0  # it was loading still, and had nothing to lose
             if code in (0, UNUSABLE) or self._asked_to_end.is_set():
                 return code if code >= 0 else 128 - code
             crashes = 1 if was_warm_s > RAN_WELL_S else crashes + 1
@@ -181,4 +183,6 @@ def main() -> int:
     supervisor = Supervisor(connection, settings.stall_s, settings.load_timeout_s)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, supervisor.forward)
-    return supervisor.run()
+    code = supervisor.run()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Python would give it its own end back
+    return code

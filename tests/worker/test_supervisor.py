@@ -67,6 +67,20 @@ class Watch:
             self.started.append(subprocess.Popen(command, env=environment, stderr=log))
         return self.started[-1]
 
+    def await_imports(self, supervisor: subprocess.Popen[bytes]) -> int:
+        """Until a real child imports torch; its process id."""
+        children = Path(f"/proc/{supervisor.pid}/task/{supervisor.pid}/children")
+        found: list[int] = []
+
+        def at_its_imports() -> list[int]:
+            for pid in children.read_text().split():
+                if "libtorch" in Path(f"/proc/{pid}/maps").read_text():
+                    found.append(int(pid))
+            return found
+
+        self.wait(at_its_imports, "child that imports torch")
+        return found[0]
+
     def lives(self) -> list[tuple[int, float]]:
         """Process id and start of every child until now."""
         path = self.folder / "lives"
@@ -172,6 +186,16 @@ def test_sigterm_reaches_the_child_and_a_drain_is_the_end(watch):
     assert len(watch.lives()) == 1
 
 
+@pytest.mark.parametrize("signals", [1, 2])
+def test_sigterm_while_the_child_loads_is_the_end_of_both_at_once_and_no_failure(watch, signals):
+    supervisor = watch.start_real()
+    child = watch.await_imports(supervisor)
+    for _ in range(signals):
+        supervisor.terminate()
+    assert supervisor.wait(PATIENCE_S) == 0
+    assert not is_alive(child)
+
+
 def test_a_child_that_takes_no_step_says_where_it_is_and_is_killed(watch):
     id = watch.submit()
     watch.start("hang", stall_s=1, pause_s=60)
@@ -213,16 +237,7 @@ def test_a_killed_supervisor_takes_its_child_along(watch):
 
 def test_a_child_that_stands_still_in_its_imports_dies_with_its_supervisor(watch):
     supervisor = watch.start_real()
-    children = Path(f"/proc/{supervisor.pid}/task/{supervisor.pid}/children")
-
-    def child_at_its_imports() -> int | None:
-        for pid in children.read_text().split():
-            if "libtorch" in Path(f"/proc/{pid}/maps").read_text():
-                return int(pid)
-        return None
-
-    watch.wait(child_at_its_imports, "child that imports torch")
-    child = child_at_its_imports()
+    child = watch.await_imports(supervisor)
     os.kill(child, signal.SIGSTOP)
     supervisor.kill()
     try:
