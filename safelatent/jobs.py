@@ -54,6 +54,8 @@ MODELS = "safelatent:models"
 CANCELLED = "safelatent:cancelled:{}"
 OWNED = "safelatent:owned:{}"
 """A tenant's generations by the microsecond of their creation."""
+DEADLINES = "safelatent:deadlines:{}"
+"""Of a model: jobs by the time at which they are overdue, if they were not begun before."""
 ONCE = "safelatent:once:{}:{}"
 RESERVED_S = 30
 """How long an idempotency key is held for what is not queued yet: the frontend may die."""
@@ -143,6 +145,9 @@ class Jobs:
                 oldest = _microseconds(job) - listed_s * 1_000_000
                 pipeline.zremrangebyscore(owned, "-inf", oldest)
                 pipeline.expire(owned, 2 * listed_s)
+                if request.deadline_s is not None:
+                    due = job.created_at.timestamp() + request.deadline_s
+                    pipeline.zadd(DEADLINES.format(request.model), {id: due})
                 if request.webhook is not None:
                     deliveries.owe(pipeline, id, _microseconds(job))
                 if once:

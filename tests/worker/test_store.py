@@ -17,10 +17,10 @@ from redis import Redis
 
 from safelatent import events
 from safelatent.errors import NotFound
-from safelatent.jobs import KEPT_S, Jobs
+from safelatent.jobs import KEPT_S, OPEN, Jobs
 from safelatent.schema import GenerationRequest, Progress
 from safelatent.store import Store, image_key
-from worker.slots import Slots
+from worker.slots import SWEEP_LOCK, Slots
 
 SIZE = 4 << 20
 WRITER = f"""
@@ -98,6 +98,23 @@ def test_the_sweep_removes_what_is_gone_and_old_and_nothing_else(
     slots(store, jobs)._sweep_store()
     assert {folder.name for folder in tmp_path.iterdir()} == {alive, fresh, others}
     assert events.progress(connection, alive) and not events.progress(connection, gone)
+
+
+def test_of_all_workers_of_a_model_one_sweeps_and_those_of_others_do_not_count(
+    connection: Redis, tmp_path: Path
+) -> None:
+    jobs = Jobs(connection)
+    jobs.submit(GenerationRequest(prompt="a cat", model="tiny", seed=1))
+    jobs.turns.claim("tiny", "dead-0", 1)
+    connection.delete(*connection.keys("rq:execution:*"))
+    connection.set(SWEEP_LOCK.format("tiny"), "another of ours", ex=60)
+    beating = slots(Store(f"file://{tmp_path}"), jobs)
+    beating._sweep()
+    assert not jobs.turns.queued("tiny", OPEN)
+    connection.delete(SWEEP_LOCK.format("tiny"))
+    connection.set(SWEEP_LOCK.format("other"), "one of theirs", ex=60)
+    beating._sweep()
+    assert jobs.turns.queued("tiny", OPEN) == 1
 
 
 def test_leases_wait_neither_for_a_slow_store_nor_for_a_defect(
