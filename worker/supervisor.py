@@ -158,6 +158,9 @@ class Supervisor:
             except RedisError as error:
                 log.warning("jobs wait to be handed back, Redis does not answer: %s", error)
                 return
+            except Exception:  # forged
+                log.exception("jobs of the worker process come back when their leases lapse")
+                count = 0
             if count:
                 log.warning("%d jobs of the worker process are queued again", count)
             del self._dead[0]

@@ -125,6 +125,17 @@ def test_many_sweeps_at_once_queue_an_abandoned_job_once(connection):
     assert queue(connection).job_ids == [job.id for job in jobs]  # as old as they were
 
 
+@pytest.mark.parametrize("forged", [b"no-colon", b"a:b:c", b"\xff", b"unknown:job"])
+def test_a_forged_entry_hides_no_lapsed_lease_and_is_gone(connection, forged):
+    [job] = submit(connection)
+    claim(connection)
+    lapse(connection, job)
+    registry = StartedJobRegistry(queue=queue(connection)).key
+    connection.zadd(registry, {forged: 2**40})  # the first that a sweep meets
+    assert leases.hand_back_lapsed(queue(connection)) == 1
+    assert queue(connection).job_ids == [job.id] and not connection.exists(registry)
+
+
 def test_rqs_own_cleanup_judges_no_lease(connection):
     [job] = submit(connection)
     claim(connection)
@@ -292,7 +303,10 @@ def test_a_job_of_another_version_waits_for_who_knows_it(connection, monkeypatch
     assert status(known) == JobStatus.FINISHED
     leases.unpark(connection, "tiny", 1)
     assert here.job_ids == []
+    connection.hset("rq:job:forged", "origin", "no place")
+    connection.rpush(leases.PARKED.format("tiny", 99), "forged", b"\xff")
     leases.unpark(connection, "tiny", 99)
+    assert not connection.exists(leases.PARKED.format("tiny", 99))
     assert here.job_ids == [unknown.id]
     monkeypatch.setattr(slots, "SCHEMA_VERSION", 99)
     work(at_work)

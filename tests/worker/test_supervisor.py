@@ -163,6 +163,21 @@ def test_of_a_dead_child_nothing_stays_in_the_registries(watch):
     assert not watch.connection.keys("rq:wip:*")
 
 
+def test_what_is_forged_in_redis_ends_no_supervisor(watch):
+    ids = [watch.submit() for _ in range(2)]
+    watch.start("work")
+    os.kill(watch.await_ready(), signal.SIGSTOP)
+    [name] = watch.connection.keys("rq:worker:*:executions")
+    watch.connection.sadd(name, b"no-colon", b"a:b:c")
+    os.kill(watch.lives()[-1][0], signal.SIGKILL)
+    watch.await_ready()  # the first one was handed back, and is at work again
+    [held] = watch.connection.keys(f"rq:execution:{ids[0]}:*")
+    watch.connection.hset(held, "created_at", "never")
+    os.kill(watch.lives()[-1][0], signal.SIGKILL)
+    watch.await_ready()
+    assert watch.status(ids[1]) == JobStatus.STARTED
+
+
 def test_crashes_in_a_row_are_restarted_ever_later(watch):
     watch.start("crash", pause_s=1)
     watch.wait(lambda: len(watch.lives()) >= 4, "fourth life")
