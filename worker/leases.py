@@ -52,11 +52,11 @@ HAND_BACK = """
 --       "uncounted" to take the attempt back
 local held = ARGV[1] .. ':' .. ARGV[2]
 if ARGV[3] == 'lapsed' and redis.call('EXISTS', KEYS[5]) == 1 then return 0 end
-if redis.call('ZREM', KEYS[3], held) == 0 then return 0 end
+redis.call('ZREM', KEYS[3], held)
 redis.call('ZREM', KEYS[4], ARGV[2])
 redis.call('DEL', KEYS[5])
 if redis.call('HGET', KEYS[1], 'status') ~= 'started' then return 0 end
-if redis.call('ZCARD', KEYS[4]) > 0 then return 0 end
+if redis.call('ZCARD', KEYS[4]) > 0 then return 0 end  -- in other hands since
 redis.call('HSET', KEYS[1], 'status', 'queued')
 redis.call('HDEL', KEYS[1], 'started_at')
 redis.call('LPUSH', KEYS[2], ARGV[1])

@@ -267,6 +267,17 @@ def test_a_hand_back_goes_to_the_front_and_may_give_the_attempt_back(
     assert connection.get(leases.ATTEMPTS.format(first.id)) == attempts
 
 
+def test_what_is_in_other_hands_since_is_not_handed_back_by_who_held_it(connection):
+    [job] = submit(connection)
+    old = leases.Held(job.id, claim(connection, "old-0").id, job.origin)
+    assert leases.hand_back(connection, old)
+    claim(connection, "new-0")
+    connection.incr(leases.ATTEMPTS.format(job.id))
+    assert not leases.hand_back(connection, old, is_counted=False)
+    assert status(job) == JobStatus.STARTED and queue(connection).job_ids == []
+    assert connection.get(leases.ATTEMPTS.format(job.id)) == b"1"
+
+
 def test_a_job_that_was_cancelled_or_deleted_meanwhile_is_not_queued_again(connection):
     cancelled, deleted = submit(connection, 2)
     for _ in range(2):

@@ -14,13 +14,15 @@ from typing import Any
 
 import pytest
 from redis import Redis
+from redis.exceptions import RedisError
 
 from safelatent import events
 from safelatent.errors import NotFound
 from safelatent.jobs import KEPT_S, OPEN, Jobs
 from safelatent.schema import GenerationRequest, Progress
 from safelatent.store import Store, image_key
-from worker.slots import SWEEP_LOCK, Slots
+from tests.conftest import RedisServer
+from worker.slots import STORE_SWEEP_LOCK, SWEEP_LOCK, Slots
 
 SIZE = 4 << 20
 WRITER = f"""
@@ -115,6 +117,49 @@ def test_of_all_workers_of_a_model_one_sweeps_and_those_of_others_do_not_count(
     connection.set(SWEEP_LOCK.format("other"), "one of theirs", ex=60)
     beating._sweep()
     assert jobs.turns.queued("tiny", OPEN) == 1
+
+
+@pytest.mark.parametrize("since", ["its start", "an outage"])
+def test_a_worker_judges_no_lease_before_all_had_the_time_to_renew_theirs(
+    own_redis: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, since: str
+) -> None:
+    connection = Redis.from_url(own_redis.url)
+    jobs = Jobs(connection)
+    jobs.submit(GenerationRequest(prompt="a cat", model="tiny", seed=1))
+    beating = slots(Store(f"file://{tmp_path}"), jobs)
+    beats, failed = threading.Semaphore(0), threading.Event()
+
+    def renew() -> None:
+        try:
+            connection.ping()
+        except RedisError:
+            failed.set()
+            raise
+        beats.release()
+
+    monkeypatch.setattr(beating, "_renew", renew)
+    monkeypatch.setattr("worker.slots.BEAT_S", 1)
+    monkeypatch.setattr("worker.leases.LEASE_S", 1 if since == "an outage" else 3600)
+    beating.start()
+    try:
+        if since == "an outage":
+            while not connection.exists(STORE_SWEEP_LOCK):  # it judges now
+                assert beats.acquire(timeout=60)
+            monkeypatch.setattr("worker.leases.LEASE_S", 3600)
+            own_redis.kill()
+            assert failed.wait(60)
+            own_redis.start()
+        taken = jobs.turns.claim("tiny", "other-0", 60)
+        assert taken is not None
+        connection.delete(taken[2].key)  # its lease
+        while beats.acquire(blocking=False):
+            pass
+        for _ in range(3):
+            assert beats.acquire(timeout=60)
+        assert not jobs.turns.queued("tiny", OPEN)
+    finally:
+        beating.join()
+        connection.close()
 
 
 def test_leases_wait_neither_for_a_slow_store_nor_for_a_defect(
