@@ -22,6 +22,8 @@ from safelatent.jobs import KEPT_S, OPEN, Jobs
 from safelatent.schema import GenerationRequest, Progress
 from safelatent.store import Store, image_key
 from tests.conftest import RedisServer
+from tests.service.played import CARD
+from worker import leases
 from worker.slots import STORE_SWEEP_LOCK, SWEEP_LOCK, Slots
 
 SIZE = 4 << 20
@@ -160,6 +162,15 @@ def test_a_worker_judges_no_lease_before_all_had_the_time_to_renew_theirs(
     finally:
         beating.join()
         connection.close()
+
+
+def test_a_worker_is_sure_of_its_leases_until_they_may_have_lapsed(connection: Redis) -> None:
+    desk: Any = SimpleNamespace(jobs=Jobs(connection), meter=SimpleNamespace(pace=lambda n: None))
+    beating = Slots(0, CARD, desk, "played")
+    beating._renewed_at = time.monotonic() - leases.LEASE_S
+    assert not beating.is_sure()
+    beating._renew()
+    assert beating.is_sure()
 
 
 def test_leases_wait_neither_for_a_slow_store_nor_for_a_defect(

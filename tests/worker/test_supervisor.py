@@ -234,11 +234,13 @@ def test_a_child_that_never_gets_warm_says_where_it_is_and_is_started_again_ever
 
 
 def test_a_supervisor_that_was_frozen_does_not_blame_its_child(watch):
-    supervisor = watch.start("work", stall_s=2)
+    supervisor = watch.start("work", stall_s=5)
     child = watch.await_ready()
-    supervisor.send_signal(signal.SIGSTOP)
-    time.sleep(3)
-    supervisor.send_signal(signal.SIGCONT)
+    for pid in (supervisor.pid, child):  # as when their whole container is frozen
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(6)
+    for pid in (supervisor.pid, child):
+        os.kill(pid, signal.SIGCONT)
     time.sleep(1.5)
     assert is_alive(child) and "no step" not in watch.log.read_text()
 
