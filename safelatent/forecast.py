@@ -76,6 +76,18 @@ def run_s(paces: Sequence[Pace], cost: float) -> float | None:
     return cost * len(measured) / sum(measured) if measured else None
 
 
+def left_s(spent_s: float, share: float, expected_s: float | None) -> float:
+    """Seconds to the end of a job that has made such a share, more than none, in such a time.
+
+    Its own first steps tell little: they stand beside its start, and share a batch that still
+    changes. So at first it goes by what is expected of all, from a quarter on by its own rate,
+    and in between by both.
+    """
+    own_s = spent_s / share
+    trust = 1 if expected_s is None else min(1, 4 * share)
+    return (1 - share) * (trust * own_s + (1 - trust) * (expected_s or 0))
+
+
 def throughput(paces: Sequence[Pace]) -> float:
     """Of all workers; who has not been measured counts like the mean of those who have."""
     measured = [pace.throughput for pace in paces if pace.throughput]

@@ -22,7 +22,7 @@ from rq.serializers import JSONSerializer
 from rq.utils import str_to_date
 
 from safelatent import deliveries, errors, events
-from safelatent.forecast import Pace
+from safelatent.forecast import Pace, left_s, run_s
 from safelatent.queues import PARKED_COUNTS, TASK, SafeJob, SafeQueue, place_of, queue
 from safelatent.schema import (
     SCHEMA_VERSION,
@@ -31,7 +31,6 @@ from safelatent.schema import (
     Model,
     Place,
     PolicyApplied,
-    Progress,
     Result,
     Status,
 )
@@ -54,6 +53,8 @@ MODELS = "safelatent:models"
 CANCELLED = "safelatent:cancelled:{}"
 OWNED = "safelatent:owned:{}"
 """A tenant's generations by the microsecond of their creation."""
+DEADLINES = "safelatent:deadlines:{}"
+"""Of a model: jobs by the time at which they are overdue, if they were not begun before."""
 ONCE = "safelatent:once:{}:{}"
 RESERVED_S = 30
 """How long an idempotency key is held for what is not queued yet: the frontend may die."""
@@ -143,6 +144,9 @@ class Jobs:
                 oldest = _microseconds(job) - listed_s * 1_000_000
                 pipeline.zremrangebyscore(owned, "-inf", oldest)
                 pipeline.expire(owned, 2 * listed_s)
+                if request.deadline_s is not None:
+                    due = job.created_at.timestamp() + request.deadline_s
+                    pipeline.zadd(DEADLINES.format(request.model), {id: due})
                 if request.webhook is not None:
                     deliveries.owe(pipeline, id, _microseconds(job))
                 if once:
@@ -402,7 +406,9 @@ class Jobs:
                 [(generation.position, generation.eta_s)] = self.turns.outlooks([asked])
             case Status.RUNNING:
                 generation.progress = events.progress(self.connection, job.id)
-                generation.eta_s = _left_s(generation.started_at, generation.progress)
+                model, _, _ = place_of(job.origin)
+                expected_s = run_s(self.turns.picture(model).paces, request.megapixel_steps)
+                generation.eta_s = _left_s(generation, expected_s)
             case Status.SUCCEEDED:
                 try:
                     result = Result.model_validate(job.return_value())
@@ -428,12 +434,13 @@ def _date(text: Any) -> datetime | None:
         return None
 
 
-def _left_s(started_at: datetime | None, progress: Progress | None) -> float | None:
-    """Seconds to the last step, at the rate of those that were taken."""
+def _left_s(generation: Generation, expected_s: float | None) -> float | None:
+    """Seconds to the end of a running generation; None before its first step."""
+    started_at, progress = generation.started_at, generation.progress
     if not started_at or not progress or not progress.step:
         return None
     spent_s = (datetime.now(UTC) - started_at.replace(tzinfo=UTC)).total_seconds()
-    return max(0.0, spent_s) * (progress.steps - progress.step) / progress.step
+    return left_s(max(0.0, spent_s), progress.step / progress.steps, expected_s)
 
 
 def _microseconds(job: Job) -> int:

@@ -117,6 +117,7 @@ def test_each_process_works_as_its_own_user(
         ):
             await_(lambda: http.get("/readyz").is_success, "warm worker")
             quick: dict[str, Any] = {"steps": 4, "scheduler": "ddim", "safety": {"level": "max"}}
+            quick["deadline_s"] = 3600
             done = ask(http, receiver.url, **quick)
             await_delivery(http, done, "delivered")
             body = {"prompt": "a cat"} | quick

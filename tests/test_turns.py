@@ -4,6 +4,7 @@ import random
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from redis import Redis
@@ -11,11 +12,13 @@ from rq import Queue
 from rq.job import Job, JobStatus
 from rq.registry import StartedJobRegistry
 from rq.serializers import JSONSerializer
+from rq.utils import utcformat
 
-from safelatent.forecast import Pace
+from safelatent import events
+from safelatent.forecast import Pace, left_s
 from safelatent.jobs import Jobs
 from safelatent.queues import PRIORITIES, queue
-from safelatent.schema import GenerationRequest, Model
+from safelatent.schema import GenerationRequest, Model, Progress
 from safelatent.turns import Share
 from tests.service.played import CARD
 from worker import leases
@@ -248,3 +251,18 @@ def test_the_eta_is_told_by_the_workers_pace(line: Line) -> None:
     assert first == pytest.approx(2.05, abs=0.01)  # a slot is free: its own run
     # The ninth starts when the eighth job that is before it has ended, of which one starts at once.
     assert last == pytest.approx(2.05 + 8 * 0.2048 / 0.8, abs=0.01)
+
+
+def test_a_running_one_goes_by_the_pace_at_first_and_by_its_own_rate_at_last(line: Line) -> None:
+    """0.2048 megapixel-steps at 0.01 a second are 20.5 s."""
+    [id] = line.submit("a")
+    line.jobs.announce("w1", CARD, 60, Pace(throughput=0.04, each=0.01, slots=4))
+    job = line.claim()
+    assert job is not None and line.jobs.fetch(id, "a").eta_s is None
+    began = datetime.now(UTC) - timedelta(seconds=3)
+    line.connection.hset(job.key, "started_at", utcformat(began))
+    events.publish_steps(line.connection, {id: Progress(step=1, steps=50)})
+    line.jobs.turns.picture("tiny", fresh=True)
+    assert line.jobs.fetch(id, "a").eta_s == pytest.approx(0.98 * (0.92 * 20.48 + 4 * 3), rel=0.2)
+    assert left_s(spent_s=10, share=0.25, expected_s=1000) == 30
+    assert left_s(spent_s=10, share=0.5, expected_s=None) == 10

@@ -8,7 +8,9 @@ same step. So no decision compares the clocks of two machines, and a job is queu
 many hand it back at the same time.
 """
 
+import logging
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from redis import Redis
@@ -18,11 +20,12 @@ from rq.executions import Execution, ExecutionRegistry
 from rq.job import Job, JobStatus
 from rq.queue import Queue
 from rq.registry import StartedJobRegistry
-from rq.utils import parse_composite_key
 from rq.worker_registration import REDIS_WORKER_KEYS, WORKERS_BY_QUEUE_KEY
 
 from safelatent.queues import PARKED_COUNTS, SafeQueue, place_of
 from safelatent.turns import WORKERS
+
+log = logging.getLogger(__name__)
 
 ATTEMPTS = "safelatent:attempts:{}"
 """How often a job has entered an engine."""
@@ -49,11 +52,11 @@ HAND_BACK = """
 --       "uncounted" to take the attempt back
 local held = ARGV[1] .. ':' .. ARGV[2]
 if ARGV[3] == 'lapsed' and redis.call('EXISTS', KEYS[5]) == 1 then return 0 end
-if redis.call('ZREM', KEYS[3], held) == 0 then return 0 end
+redis.call('ZREM', KEYS[3], held)
 redis.call('ZREM', KEYS[4], ARGV[2])
 redis.call('DEL', KEYS[5])
 if redis.call('HGET', KEYS[1], 'status') ~= 'started' then return 0 end
-if redis.call('ZCARD', KEYS[4]) > 0 then return 0 end
+if redis.call('ZCARD', KEYS[4]) > 0 then return 0 end  -- in other hands since
 redis.call('HSET', KEYS[1], 'status', 'queued')
 redis.call('HDEL', KEYS[1], 'started_at')
 redis.call('LPUSH', KEYS[2], ARGV[1])
@@ -114,9 +117,15 @@ def hand_back(
 
 def hand_back_lapsed(queue: Queue) -> int:
     """Hand back what nobody renews any more, oldest last, so that it comes first again."""
-    held: Any = queue.connection.zrange(_registry(queue.name), 0, -1)
-    lapsed = [Held(*parse_composite_key(entry.decode()), queue.name) for entry in reversed(held)]
-    return sum(hand_back(queue.connection, one, only_lapsed=True) for one in lapsed)
+    registry, count = _registry(queue.name), 0
+    held: Any = queue.connection.zrange(registry, 0, -1)
+    for entry in reversed(held):
+        if names := _names(entry):
+            count += hand_back(queue.connection, Held(*names, queue.name), only_lapsed=True)
+        else:
+            log.error("%s had an entry that names no execution: %r", registry, entry)
+            queue.connection.zrem(registry, entry)
+    return count
 
 
 def park(job: Job, execution: Execution, version: int) -> bool:
@@ -144,12 +153,14 @@ def unpark(connection: Redis, model: str, version: int) -> None:
     """Queue what others have set aside for workers of our version."""
     parked = PARKED.format(model, version)
     while last := connection.lindex(parked, -1):
-        id: Any = last
-        origin: Any = connection.hget(Job.key_for(id.decode()), "origin")
+        entry: Any = last
+        id = entry.decode(errors="replace")
+        origin: Any = connection.hget(Job.key_for(id), "origin")
         with connection.pipeline() as pipeline:
             if origin is not None:
-                SafeQueue(origin.decode(), connection).push_job_id(id.decode(), pipeline, True)
-            pipeline.lrem(parked, -1, id)
+                with suppress(ValueError):  # forged
+                    SafeQueue(origin.decode(), connection).push_job_id(id, pipeline, True)
+            pipeline.lrem(parked, -1, entry)
             pipeline.execute()
 
 
@@ -179,13 +190,18 @@ def bury(connection: Redis, name: str) -> int:
 def _held_by(connection: Redis, worker: str) -> Iterator[tuple[float, Held]]:
     """What an RQ worker was at, with the time at which it began."""
     entries: Any = connection.smembers(f"{worker}:executions")
-    for entry in entries:
-        job_id, execution_id = parse_composite_key(entry.decode())
+    for job_id, execution_id in filter(None, map(_names, entries)):
         execution = Execution(execution_id, job_id, connection)
         origin: Any = connection.hget(Job.key_for(job_id), "origin")
         began: Any = connection.hget(execution.key, "created_at")
         if origin is not None:
             yield float(began or 0), Held(job_id, execution_id, origin.decode())
+
+
+def _names(entry: bytes) -> tuple[str, str] | None:
+    """The ids of a job and its execution; None for an entry that is forged."""
+    job_id, _, execution_id = entry.decode(errors="replace").partition(":")
+    return (job_id, execution_id) if execution_id and ":" not in execution_id else None
 
 
 def _registry(queue: str) -> str:

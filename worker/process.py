@@ -34,24 +34,23 @@ log = logging.getLogger("worker")
 
 
 class Wishes:
-    """What signals have asked for: to end, and to end now."""
+    """What signals have asked for: to end, and to end now.
+
+    They are taken only from the moment on at which there can be work. Before that a signal does
+    what it does to any process: it ends it at once, wherever it is.
+    """
 
     def __init__(self) -> None:
         self.to_end = threading.Event()
         self.to_end_now = threading.Event()
-        self.has_work = False
-        """Before it can have any, a wish to end is granted at once."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.take)
 
     def take(self, number: int, frame: FrameType | None) -> None:
-        if not self.has_work:
-            raise SystemExit(0)
         (self.to_end_now if self.to_end.is_set() else self.to_end).set()
 
 
 def main() -> int:
-    wishes = Wishes()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, wishes.take)
     settings = environment.read()
     if settings is None:
         return UNUSABLE
@@ -63,7 +62,7 @@ def main() -> int:
     except UnusableModel as error:
         print(f"safelatent worker: {error}", file=sys.stderr)
         return UNUSABLE
-    work(engine, settings, wishes)
+    work(engine, settings)
     return 0
 
 
@@ -81,7 +80,7 @@ def load(settings: Settings) -> Engine:
     return Engine(family, Checks(checks), settings.max_rows)
 
 
-def work(engine: Engine, settings: Settings, wishes: Wishes) -> None:
+def work(engine: Engine, settings: Settings) -> None:
     """Serve until asked to end, then drain: running generations end, no new one starts.
 
     What still runs after the grace period, or at a second signal, is handed back.
@@ -108,11 +107,11 @@ def work(engine: Engine, settings: Settings, wishes: Wishes) -> None:
     observer.watch_slots(
         settings.slots, lambda: sum(s.work_in_hand is not None for s in slots.slots)
     )
+    wishes = Wishes()
     pulse = Pulse.of_environment()
     pulse.beat(is_idle=True)  # from now on we can hold jobs
     engine.before_turn = pulse.beat
 
-    wishes.has_work = True
     drained = threading.Event()
     thread = threading.Thread(target=engine.run, args=(drained,), name="engine")
     thread.start()

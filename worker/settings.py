@@ -56,6 +56,9 @@ class Settings(BaseSettings):
     """How long a worker that is asked to end lets its generations run before it hands them back."""
     stall_s: PositiveFloat | None = None
     """A denoising step that takes longer is a hang; unset goes by what steps take."""
+    load_timeout_s: PositiveFloat = 1800
+    """A worker that takes longer to get warm hangs. It has to be enough for a download, where the
+    checkpoint comes from the hub."""
     metrics_host: str = "127.0.0.1"
     """Address of the metrics port."""
     metrics_port: int = Field(default=0, ge=0, le=65535)

@@ -33,14 +33,15 @@ from safelatent.errors import ServiceError
 from safelatent.jobs import TIMEOUT_S
 from safelatent.queues import SafeJob, SafeQueue
 from safelatent.schema import SCHEMA_VERSION, Model, Progress
-from worker import engine, leases
+from worker import engine, leases, overdue
 from worker.meter import Meter
 from worker.tasks import Cancelled, Desk
 
 log = logging.getLogger(__name__)
 
 BEAT_S = 2
-SWEEP_LOCK = "safelatent:sweep"
+SWEEP_LOCK = "safelatent:sweep:queues:{}"
+"""Of a model. If there were one for all, whoever beats first would keep it from the others."""
 STORE_SWEEP_LOCK = "safelatent:sweep:store"
 STORE_SWEEP_S = 3600
 PAUSE_S = 0.5
@@ -360,12 +361,15 @@ class Slots:
                 self.desk.abandon(slot.thread_id)
 
     def _sweep(self) -> None:
-        """Queue again what dead workers held; one worker does it for all."""
-        if self.connection.set(SWEEP_LOCK, self.name, nx=True, px=BEAT_S * 1000):
+        """Queue again what dead workers held, and end what is overdue; one worker of a model does
+        it for all of them."""
+        lock = SWEEP_LOCK.format(self.model.id)
+        if self.connection.set(lock, self.name, nx=True, px=BEAT_S * 1000):
             for each in self.desk.jobs.turns.held(self.model.id):
                 leases.hand_back_lapsed(each)
             leases.unpark(self.connection, self.model.id, SCHEMA_VERSION)
             self.desk.jobs.turns.tidy(self.model.id)
+            overdue.end(self.desk, self.model.id, self.name)
             clean_worker_registry(Queue(self.model.id, self.connection))
         if self.connection.set(STORE_SWEEP_LOCK, self.name, nx=True, ex=STORE_SWEEP_S):
             # A large store takes minutes to list, and a lease does not wait for it.

@@ -5,6 +5,7 @@ jobs go back to the front of their queues at once; nobody has to wait for the le
 """
 
 import logging
+import math
 import os
 import signal
 import subprocess
@@ -48,17 +49,20 @@ STALL_STEPS = 50
 
 class Supervisor:
     """`command` runs the child. `stall_s` is for how long a step may take; None goes by its mean:
-    `STALL_STEPS` of them, and never less than `LEAST_STALL_S`."""
+    `STALL_STEPS` of them, and never less than `LEAST_STALL_S`. A child that is not warm after
+    `load_timeout_s` hangs."""
 
     def __init__(
         self,
         connection: Redis,
         stall_s: float | None = None,
+        load_timeout_s: float = math.inf,
         command: Sequence[str] = COMMAND,
         pauses_s: Sequence[float] = PAUSES_S,
     ):
         self.connection = connection
         self.stall_s = stall_s
+        self.load_timeout_s = load_timeout_s
         self.command = command
         self.pauses_s = pauses_s
         self._child: subprocess.Popen[bytes] | None = None
@@ -72,6 +76,8 @@ class Supervisor:
         while True:
             code, was_warm_s = self._live()
             self._bury()
+            if code == -signal.SIGTERM and self._asked_to_end.is_set():
+                return 0  # it was loading still, and had nothing to lose
             if code in (0, UNUSABLE) or self._asked_to_end.is_set():
                 return code if code >= 0 else 128 - code
             crashes = 1 if was_warm_s > RAN_WELL_S else crashes + 1
@@ -118,8 +124,9 @@ class Supervisor:
             warm_s += passed_s if sign.phase is not Phase.LOADING else 0
             still_s = still_s + passed_s if sign == seen else 0.0
             seen = sign
-            if sign.phase is Phase.STEPPING and still_s > self._limit_s(sign):
-                log.error("no step for %.0f s: the worker process is killed", still_s)
+            if still_s > self._limit_s(sign):
+                missing = "not warm after" if sign.phase is Phase.LOADING else "no step for"
+                log.error("%s %.0f s: the worker process is killed", missing, still_s)
                 self._kill(child, ended)
         if pulse.look().phase is not Phase.LOADING:  # else it cannot hold any job
             self._dead.append(name)
@@ -128,7 +135,13 @@ class Supervisor:
         return child.returncode, warm_s
 
     def _limit_s(self, sign: Sign) -> float:
-        return self.stall_s or max(LEAST_STALL_S, STALL_STEPS * sign.step_s)
+        """How long a sign may stay the same."""
+        match sign.phase:
+            case Phase.LOADING:
+                return self.load_timeout_s
+            case Phase.STEPPING:
+                return self.stall_s or max(LEAST_STALL_S, STALL_STEPS * sign.step_s)
+        return math.inf
 
     def _kill(self, child: subprocess.Popen[bytes], ended: threading.Event) -> None:
         """Have it say where each of its threads is, and end it."""
@@ -145,6 +158,9 @@ class Supervisor:
             except RedisError as error:
                 log.warning("jobs wait to be handed back, Redis does not answer: %s", error)
                 return
+            except Exception:  # forged
+                log.exception("jobs of the worker process come back when their leases lapse")
+                count = 0
             if count:
                 log.warning("%d jobs of the worker process are queued again", count)
             del self._dead[0]
@@ -167,7 +183,9 @@ def main() -> int:
         return UNUSABLE
     logs.configure(settings.log_level, settings.log_format)
     connection = connect(settings.redis_url, socket_timeout=2, socket_connect_timeout=2)
-    supervisor = Supervisor(connection, settings.stall_s)
+    supervisor = Supervisor(connection, settings.stall_s, settings.load_timeout_s)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, supervisor.forward)
-    return supervisor.run()
+    code = supervisor.run()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Python would give it its own end back
+    return code

@@ -25,6 +25,7 @@ from safelatent.schema import (
     GenerationRequest,
     Image,
     ImageSafety,
+    Problem,
     Result,
     Safety,
     SafetyEffective,
@@ -111,8 +112,7 @@ class Desk:
 
         A fault that may pass is raised, for RQ to try again; any other ends the generation here.
         """
-        queue_s = max(0.0, (datetime.now(UTC) - created_at).total_seconds())
-        attempts = int(self.jobs.connection.get(ATTEMPTS.format(id)) or 0)
+        queue_s, attempts = _age_s(created_at), self._attempts(id)
         self.observer.attempt(attempts)
         request = self._complete(request)
         try:
@@ -136,8 +136,21 @@ class Desk:
             with self._lock:
                 self._cancelled.discard(id)
             self._begun.discard(threading.get_ident())
+        return self._failed(request, problem)
+
+    def overdue(self, id: str, request: GenerationRequest, created_at: datetime) -> Result | None:
+        """How a generation ends that was not begun before its deadline; None for any other."""
+        late = _late(request, _age_s(created_at))
+        if late is None or self._attempts(id):
+            return None
+        return self._failed(self._complete(request), late.problem)
+
+    def _failed(self, request: GenerationRequest, problem: Problem) -> Result:
         model = self.engine.family.model
         return Result(status=Status.FAILED, request=request, model=model, error=problem)
+
+    def _attempts(self, id: str) -> int:
+        return int(self.jobs.connection.get(ATTEMPTS.format(id)) or 0)
 
     def _attempt(
         self, id: str, request: GenerationRequest, queue_s: float, attempts: int
@@ -147,10 +160,8 @@ class Desk:
             raise errors.WorkerCrashed(
                 f"{attempts} worker processes ended while this generation ran; it is given up"
             )
-        if not attempts and request.deadline_s is not None and queue_s > request.deadline_s:
-            raise errors.DeadlineExceeded(
-                f"it waited {queue_s:.1f} s, and its deadline_s is {request.deadline_s:g}"
-            )
+        if not attempts and (late := _late(request, queue_s)):
+            raise late
         self._check(request)
         self.isolation.enter(alone=attempts > 0)
         self._count_attempt(id)
@@ -329,6 +340,19 @@ def unheard(id: str) -> Iterator[None]:
         yield
     except RedisError as error:
         log.warning("an event of generation %s is not published: %s", id, error)
+
+
+def _age_s(created_at: datetime) -> float:
+    return max(0.0, (datetime.now(UTC) - created_at).total_seconds())
+
+
+def _late(request: GenerationRequest, queue_s: float) -> errors.DeadlineExceeded | None:
+    """What to say of a request that has waited for longer than it may."""
+    if request.deadline_s is None or queue_s <= request.deadline_s:
+        return None
+    return errors.DeadlineExceeded(
+        f"it waited {queue_s:.1f} s, and its deadline_s is {request.deadline_s:g}"
+    )
 
 
 def invalid(field: str, value: Any, message: str) -> errors.InvalidRequest:

@@ -43,6 +43,11 @@ def main(end: str, folder: str) -> None:
         asked.wait()
         sys.exit(0)
 
+    if end == "load":
+        (Path(folder) / "ready").touch()
+        while True:
+            time.sleep(1)
+
     connection = Redis.from_url(os.environ["REDIS_URL"])
     slot = PlayedSlot(["tiny"], name=f"{os.environ[NAME]}-0", connection=connection)
     slot.register_birth()

@@ -125,6 +125,17 @@ def test_many_sweeps_at_once_queue_an_abandoned_job_once(connection):
     assert queue(connection).job_ids == [job.id for job in jobs]  # as old as they were
 
 
+@pytest.mark.parametrize("forged", [b"no-colon", b"a:b:c", b"\xff", b"unknown:job"])
+def test_a_forged_entry_hides_no_lapsed_lease_and_is_gone(connection, forged):
+    [job] = submit(connection)
+    claim(connection)
+    lapse(connection, job)
+    registry = StartedJobRegistry(queue=queue(connection)).key
+    connection.zadd(registry, {forged: 2**40})  # the first that a sweep meets
+    assert leases.hand_back_lapsed(queue(connection)) == 1
+    assert queue(connection).job_ids == [job.id] and not connection.exists(registry)
+
+
 def test_rqs_own_cleanup_judges_no_lease(connection):
     [job] = submit(connection)
     claim(connection)
@@ -256,6 +267,17 @@ def test_a_hand_back_goes_to_the_front_and_may_give_the_attempt_back(
     assert connection.get(leases.ATTEMPTS.format(first.id)) == attempts
 
 
+def test_what_is_in_other_hands_since_is_not_handed_back_by_who_held_it(connection):
+    [job] = submit(connection)
+    old = leases.Held(job.id, claim(connection, "old-0").id, job.origin)
+    assert leases.hand_back(connection, old)
+    claim(connection, "new-0")
+    connection.incr(leases.ATTEMPTS.format(job.id))
+    assert not leases.hand_back(connection, old, is_counted=False)
+    assert status(job) == JobStatus.STARTED and queue(connection).job_ids == []
+    assert connection.get(leases.ATTEMPTS.format(job.id)) == b"1"
+
+
 def test_a_job_that_was_cancelled_or_deleted_meanwhile_is_not_queued_again(connection):
     cancelled, deleted = submit(connection, 2)
     for _ in range(2):
@@ -292,7 +314,10 @@ def test_a_job_of_another_version_waits_for_who_knows_it(connection, monkeypatch
     assert status(known) == JobStatus.FINISHED
     leases.unpark(connection, "tiny", 1)
     assert here.job_ids == []
+    connection.hset("rq:job:forged", "origin", "no place")
+    connection.rpush(leases.PARKED.format("tiny", 99), "forged", b"\xff")
     leases.unpark(connection, "tiny", 99)
+    assert not connection.exists(leases.PARKED.format("tiny", 99))
     assert here.job_ids == [unknown.id]
     monkeypatch.setattr(slots, "SCHEMA_VERSION", 99)
     work(at_work)

@@ -168,6 +168,18 @@ def test_when_a_worker_is_killed_another_does_its_jobs_once_each(house):
     )
 
 
+def test_a_deadline_is_told_while_every_slot_is_busy(house):
+    house.environment["SAFELATENT_SLOTS"] = "1"
+    house.start_worker(lease_s=2, step_s=0.2)
+    busy = house.submit(1, steps=500)
+    house.await_steps(busy)
+    [late] = house.await_end(house.submit(2, deadline_s=1))
+    assert late.error.type == "/problems/deadline-exceeded"
+    assert house.queued() == [] and house.jobs.fetch(busy).status == Status.RUNNING
+    waited_s = (late.finished_at - late.created_at).total_seconds()
+    NOTES.append(f"a deadline of 1 s, with the only slot busy: told after {waited_s:.1f} s")
+
+
 def test_on_sigterm_a_worker_finishes_what_runs_takes_nothing_new_and_leaves_with_0(house):
     worker = house.start_worker(step_s=0.05)
     running = [house.submit(i, steps=40) for i in range(4)]

@@ -14,13 +14,17 @@ from typing import Any
 
 import pytest
 from redis import Redis
+from redis.exceptions import RedisError
 
 from safelatent import events
 from safelatent.errors import NotFound
-from safelatent.jobs import KEPT_S, Jobs
+from safelatent.jobs import KEPT_S, OPEN, Jobs
 from safelatent.schema import GenerationRequest, Progress
 from safelatent.store import Store, image_key
-from worker.slots import Slots
+from tests.conftest import RedisServer
+from tests.service.played import CARD
+from worker import leases
+from worker.slots import STORE_SWEEP_LOCK, SWEEP_LOCK, Slots
 
 SIZE = 4 << 20
 WRITER = f"""
@@ -98,6 +102,75 @@ def test_the_sweep_removes_what_is_gone_and_old_and_nothing_else(
     slots(store, jobs)._sweep_store()
     assert {folder.name for folder in tmp_path.iterdir()} == {alive, fresh, others}
     assert events.progress(connection, alive) and not events.progress(connection, gone)
+
+
+def test_of_all_workers_of_a_model_one_sweeps_and_those_of_others_do_not_count(
+    connection: Redis, tmp_path: Path
+) -> None:
+    jobs = Jobs(connection)
+    jobs.submit(GenerationRequest(prompt="a cat", model="tiny", seed=1))
+    jobs.turns.claim("tiny", "dead-0", 1)
+    connection.delete(*connection.keys("rq:execution:*"))
+    connection.set(SWEEP_LOCK.format("tiny"), "another of ours", ex=60)
+    beating = slots(Store(f"file://{tmp_path}"), jobs)
+    beating._sweep()
+    assert not jobs.turns.queued("tiny", OPEN)
+    connection.delete(SWEEP_LOCK.format("tiny"))
+    connection.set(SWEEP_LOCK.format("other"), "one of theirs", ex=60)
+    beating._sweep()
+    assert jobs.turns.queued("tiny", OPEN) == 1
+
+
+@pytest.mark.parametrize("since", ["its start", "an outage"])
+def test_a_worker_judges_no_lease_before_all_had_the_time_to_renew_theirs(
+    own_redis: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, since: str
+) -> None:
+    connection = Redis.from_url(own_redis.url)
+    jobs = Jobs(connection)
+    jobs.submit(GenerationRequest(prompt="a cat", model="tiny", seed=1))
+    beating = slots(Store(f"file://{tmp_path}"), jobs)
+    beats, failed = threading.Semaphore(0), threading.Event()
+
+    def renew() -> None:
+        try:
+            connection.ping()
+        except RedisError:
+            failed.set()
+            raise
+        beats.release()
+
+    monkeypatch.setattr(beating, "_renew", renew)
+    monkeypatch.setattr("worker.slots.BEAT_S", 1)
+    monkeypatch.setattr("worker.leases.LEASE_S", 1 if since == "an outage" else 3600)
+    beating.start()
+    try:
+        if since == "an outage":
+            while not connection.exists(STORE_SWEEP_LOCK):  # it judges now
+                assert beats.acquire(timeout=60)
+            monkeypatch.setattr("worker.leases.LEASE_S", 3600)
+            own_redis.kill()
+            assert failed.wait(60)
+            own_redis.start()
+        taken = jobs.turns.claim("tiny", "other-0", 60)
+        assert taken is not None
+        connection.delete(taken[2].key)  # its lease
+        while beats.acquire(blocking=False):
+            pass
+        for _ in range(3):
+            assert beats.acquire(timeout=60)
+        assert not jobs.turns.queued("tiny", OPEN)
+    finally:
+        beating.join()
+        connection.close()
+
+
+def test_a_worker_is_sure_of_its_leases_until_they_may_have_lapsed(connection: Redis) -> None:
+    desk: Any = SimpleNamespace(jobs=Jobs(connection), meter=SimpleNamespace(pace=lambda n: None))
+    beating = Slots(0, CARD, desk, "played")
+    beating._renewed_at = time.monotonic() - leases.LEASE_S
+    assert not beating.is_sure()
+    beating._renew()
+    assert beating.is_sure()
 
 
 def test_leases_wait_neither_for_a_slow_store_nor_for_a_defect(

@@ -25,10 +25,11 @@ import logging, signal, sys
 from redis import Redis
 from worker.supervisor import Supervisor
 logging.basicConfig(level="INFO")
-url, stall, pause, *command = sys.argv[1:]
+url, stall, load_timeout, pause, *command = sys.argv[1:]
 connection = Redis.from_url(url, socket_connect_timeout=2)
 stall_s = float(stall) if float(stall) else None
-supervisor = Supervisor(connection, stall_s, command, [float(pause), 2 * float(pause)])
+pauses_s = [float(pause), 2 * float(pause)]
+supervisor = Supervisor(connection, stall_s, float(load_timeout), command, pauses_s)
 signal.signal(signal.SIGTERM, supervisor.forward)
 sys.exit(supervisor.run())
 """
@@ -42,10 +43,12 @@ class Watch:
         self.log = folder / "log"
         self.started: list[subprocess.Popen[bytes]] = []
 
-    def start(self, end: str, stall_s: float = 0, pause_s: float = 0) -> subprocess.Popen[bytes]:
+    def start(
+        self, end: str, stall_s: float = 0, load_timeout_s: float = 1800, pause_s: float = 0
+    ) -> subprocess.Popen[bytes]:
         """A supervisor whose child ends as told; see `tests.worker.played_child`."""
         child = [sys.executable, "-m", "tests.worker.played_child", end, str(self.folder)]
-        options = [self.redis_url, str(stall_s), str(pause_s)]
+        options = [self.redis_url, str(stall_s), str(load_timeout_s), str(pause_s)]
         with self.log.open("a") as log:
             self.started.append(
                 subprocess.Popen(
@@ -63,6 +66,20 @@ class Watch:
             command = [sys.executable, "-m", "worker"]
             self.started.append(subprocess.Popen(command, env=environment, stderr=log))
         return self.started[-1]
+
+    def await_imports(self, supervisor: subprocess.Popen[bytes]) -> int:
+        """Until a real child imports torch; its process id."""
+        children = Path(f"/proc/{supervisor.pid}/task/{supervisor.pid}/children")
+        found: list[int] = []
+
+        def at_its_imports() -> list[int]:
+            for pid in children.read_text().split():
+                if "libtorch" in Path(f"/proc/{pid}/maps").read_text():
+                    found.append(int(pid))
+            return found
+
+        self.wait(at_its_imports, "child that imports torch")
+        return found[0]
 
     def lives(self) -> list[tuple[int, float]]:
         """Process id and start of every child until now."""
@@ -146,6 +163,21 @@ def test_of_a_dead_child_nothing_stays_in_the_registries(watch):
     assert not watch.connection.keys("rq:wip:*")
 
 
+def test_what_is_forged_in_redis_ends_no_supervisor(watch):
+    ids = [watch.submit() for _ in range(2)]
+    watch.start("work")
+    os.kill(watch.await_ready(), signal.SIGSTOP)
+    [name] = watch.connection.keys("rq:worker:*:executions")
+    watch.connection.sadd(name, b"no-colon", b"a:b:c")
+    os.kill(watch.lives()[-1][0], signal.SIGKILL)
+    watch.await_ready()  # the first one was handed back, and is at work again
+    [held] = watch.connection.keys(f"rq:execution:{ids[0]}:*")
+    watch.connection.hset(held, "created_at", "never")
+    os.kill(watch.lives()[-1][0], signal.SIGKILL)
+    watch.await_ready()
+    assert watch.status(ids[1]) == JobStatus.STARTED
+
+
 def test_crashes_in_a_row_are_restarted_ever_later(watch):
     watch.start("crash", pause_s=1)
     watch.wait(lambda: len(watch.lives()) >= 4, "fourth life")
@@ -169,6 +201,16 @@ def test_sigterm_reaches_the_child_and_a_drain_is_the_end(watch):
     assert len(watch.lives()) == 1
 
 
+@pytest.mark.parametrize("signals", [1, 2])
+def test_sigterm_while_the_child_loads_is_the_end_of_both_at_once_and_no_failure(watch, signals):
+    supervisor = watch.start_real()
+    child = watch.await_imports(supervisor)
+    for _ in range(signals):
+        supervisor.terminate()
+    assert supervisor.wait(PATIENCE_S) == 0
+    assert not is_alive(child)
+
+
 def test_a_child_that_takes_no_step_says_where_it_is_and_is_killed(watch):
     id = watch.submit()
     watch.start("hang", stall_s=1, pause_s=60)
@@ -180,12 +222,25 @@ def test_a_child_that_takes_no_step_says_where_it_is_and_is_killed(watch):
     assert 'played_child.py", line' in said  # its stack
 
 
-def test_a_supervisor_that_was_frozen_does_not_blame_its_child(watch):
-    supervisor = watch.start("work", stall_s=2)
+def test_a_child_that_never_gets_warm_says_where_it_is_and_is_started_again_ever_later(watch):
+    watch.start("load", load_timeout_s=1.5, pause_s=1)
     child = watch.await_ready()
-    supervisor.send_signal(signal.SIGSTOP)
-    time.sleep(3)
-    supervisor.send_signal(signal.SIGCONT)
+    watch.wait(lambda: len(watch.lives()) >= 3, "third life")
+    assert not is_alive(child)
+    said = watch.log.read_text()
+    assert "not warm after" in said and 'played_child.py", line' in said
+    starts = [start for _, start in watch.lives()]
+    assert starts[1] - starts[0] >= 1.5 + 1 and starts[2] - starts[1] >= 1.5 + 2
+
+
+def test_a_supervisor_that_was_frozen_does_not_blame_its_child(watch):
+    supervisor = watch.start("work", stall_s=5)
+    child = watch.await_ready()
+    for pid in (supervisor.pid, child):  # as when their whole container is frozen
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(6)
+    for pid in (supervisor.pid, child):
+        os.kill(pid, signal.SIGCONT)
     time.sleep(1.5)
     assert is_alive(child) and "no step" not in watch.log.read_text()
 
@@ -199,16 +254,7 @@ def test_a_killed_supervisor_takes_its_child_along(watch):
 
 def test_a_child_that_stands_still_in_its_imports_dies_with_its_supervisor(watch):
     supervisor = watch.start_real()
-    children = Path(f"/proc/{supervisor.pid}/task/{supervisor.pid}/children")
-
-    def child_at_its_imports() -> int | None:
-        for pid in children.read_text().split():
-            if "libtorch" in Path(f"/proc/{pid}/maps").read_text():
-                return int(pid)
-        return None
-
-    watch.wait(child_at_its_imports, "child that imports torch")
-    child = child_at_its_imports()
+    child = watch.await_imports(supervisor)
     os.kill(child, signal.SIGSTOP)
     supervisor.kill()
     try:

@@ -175,6 +175,14 @@ def test_a_second_attempt_tells_no_image_again(office):
     assert len(office.desk.jobs.connection.xrange(events.STREAM)) == 2
 
 
+def test_who_is_not_sure_of_its_leases_stores_an_image_and_announces_none(office):
+    office.desk.is_sure = lambda: False
+    office.generate()
+    assert office.stored() == {"0.png"}
+    connection = office.desk.jobs.connection
+    assert not connection.exists(events.STREAM) and events.images(connection, ID) == []
+
+
 def test_a_blocked_image_has_no_heat_map(office):
     office.check.scores = [0.9, 0.1]
     result = office.generate(n=2, safety={"level": "max", "telemetry": "heatmap"})
