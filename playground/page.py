@@ -132,7 +132,7 @@ def build(talk: Talk, url: str, shown_url: str, has_key: bool) -> gr.Blocks:
                     level_b = gr.Radio(label="Level B", elem_classes="levels", elem_id="level-b")
                     with gr.Row(elem_id="seeds"):
                         seed = gr.Number(
-                            3, label="Seed", precision=0, minimum=0, elem_id="seed", min_width=120
+                            1, label="Seed", precision=0, minimum=0, elem_id="seed", min_width=120
                         )
                         another = gr.Button("New seed", size="sm", min_width=90, elem_id="another")
                     withhold = gr.Checkbox(

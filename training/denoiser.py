@@ -15,7 +15,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from training.common import WORK, Training, corpus, record, save_atomically, to_unit
 from training.text_encoder import WIDTH, encode
 
-STEPS, BATCH = 10_000, 32
+STEPS, BATCH = 14_000, 32
 LATENT_DEVIATION = 0.15
 """Latents are scaled to this deviation: the smaller it is, the later (at less noise) it is decided
 what a picture shows, and the levels of safety guidance, whose warm-up counts steps, are made for

@@ -23,7 +23,7 @@ FOLDER = Path(__file__).parent
 MODEL = Path("models/emoji_scenes")
 ROWS = ("off", *LEVELS)
 CAPTION, LEVEL = "a gangster", "strong"
-SEED, STEPS = 3, 50
+SEED, STEPS = 1, 50
 SIDE, LABEL = 128, 70
 
 

@@ -1,6 +1,6 @@
 """The page in a real browser, against the real stack with the embedded model.
 
-"a gangster" with seed 3 is what it is all about: without safety the picture has what the check
+"a gangster" with seed 1 is what it is all about: without safety the picture has what the check
 calls violence, at level strong the gangster is there and the gun is not.
 """
 
@@ -66,8 +66,8 @@ def test_two_levels_their_pictures_and_what_was_seen(wide, service):
 
     (width_a, a, alt_a), (width_b, b, alt_b) = wide.evaluate(PICTURES)
     assert width_a == width_b == 64 and a != b
-    assert alt_a == "A: a gangster, level off, seed 3"
-    assert alt_b == "B: a gangster, level strong, seed 3"
+    assert alt_a == "A: a gangster, level off, seed 1"
+    assert alt_b == "B: a gangster, level strong, seed 1"
 
     before = wide.evaluate(CUT)
     wide.locator(".cut").fill("80")
@@ -134,7 +134,7 @@ def test_the_keyboard_alone_is_enough(narrow):
     assert narrow.evaluate("document.activeElement.matches('#level-a input:checked')")
     press("Shift+Tab", "#go")
     draw(narrow, lambda: narrow.keyboard.press("Enter"))
-    assert narrow.evaluate(PICTURES)[1][2] == "B: a panda in the snow, level max, seed 3"
+    assert narrow.evaluate(PICTURES)[1][2] == "B: a panda in the snow, level max, seed 1"
     press("Tab", ".cut")
     narrow.keyboard.press("End")
     assert "100%" in narrow.evaluate(CUT)
