@@ -102,7 +102,7 @@ def test_what_is_there_to_copy_makes_the_same_picture_again(wide, service, tmp_p
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", copied], cwd=tmp_path, env=environment, check=True)
     content = httpx.get(service + made["images"][0]["url"], trust_env=False).content
-    before, again = (Image.open(file) for file in (io.BytesIO(content), tmp_path / "3.png"))
+    before, again = (Image.open(file) for file in (io.BytesIO(content), tmp_path / "1.png"))
     # Not to the last bit: there it was in a batch of two, here it is alone.
     assert max(ImageStat.Stat(ImageChops.difference(before, again)).mean) < 2
     curl = wide.locator('pre[aria-label="cURL, B"]').text_content()
@@ -127,14 +127,14 @@ def test_the_keyboard_alone_is_enough(narrow):
 
     press("Tab", "#prompt textarea")
     narrow.keyboard.press("Control+A")
-    narrow.keyboard.type("a panda in the snow")
+    narrow.keyboard.type("a fox in the snow")
     press("Tab", "#level-b input")
     press("ArrowRight", "#level-b input[value=max]")
     narrow.keyboard.press("Shift+Tab")  # a group of levels is one stop
     assert narrow.evaluate("document.activeElement.matches('#level-a input:checked')")
     press("Shift+Tab", "#go")
     draw(narrow, lambda: narrow.keyboard.press("Enter"))
-    assert narrow.evaluate(PICTURES)[1][2] == "B: a panda in the snow, level max, seed 1"
+    assert narrow.evaluate(PICTURES)[1][2] == "B: a fox in the snow, level max, seed 1"
     press("Tab", ".cut")
     narrow.keyboard.press("End")
     assert "100%" in narrow.evaluate(CUT)
