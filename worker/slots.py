@@ -387,6 +387,8 @@ class Slots:
                     events.forget_progress(self.connection, id)
         except (RedisError, ServiceError) as error:
             log.warning("the store is swept again in %d s: %s", STORE_SWEEP_S, error)
+        except Exception:  # or the thread would end with a traceback that no log has
+            log.exception("the sweep of the store met a defect, and comes again")
 
 
 class ProgressReporter:
