@@ -23,6 +23,8 @@ def export(
 ) -> None:
     """Write the folder. The parts themselves become half precision."""
     vae.register_to_config(scaling_factor=LATENT_DEVIATION)
+    tokenizer.backend_tokenizer.no_padding()  # its last call is no part of it
+    tokenizer.backend_tokenizer.no_truncation()
     pipeline = StableDiffusionPipeline(
         vae=vae.half(),
         text_encoder=encoder.half(),
